@@ -1,0 +1,150 @@
+"""xIELU inside Megatron's MLPs: a placeholder in the config, the module in its place.
+
+Every Megatron MLP ends in `self.activation_func(x)`, a plain function it takes from its config. The
+config gets a placeholder that carries xIELU's settings and raises when it is called; `install` then
+replaces the placeholder of every built MLP by a module of its own, with its own two parameters. An
+MLP that `install` did not reach cannot silently train another activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor, nn
+
+from megatron_xielu.activations import XIELU
+from megatron_xielu.ops import xielu
+from megatron_xielu.ops.xielu import Impl
+
+
+@dataclass(frozen=True)
+class XIELUPlaceholder:
+    """Stands in `TransformerConfig.activation_func` until `install` has run."""
+
+    alpha_p_init: float = 0.8
+    alpha_n_init: float = 0.8
+    beta: float = 0.5
+    impl: Impl = "auto"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise RuntimeError(
+            "an MLP was reached whose xIELU was never installed: build the layers with "
+            "megatron_xielu.mcore.layer_specs.xielu_layer_spec, or pass the built model to "
+            "megatron_xielu.mcore.activation.install before training"
+        )
+
+
+class ParallelXIELU(XIELU):
+    """xIELU whose alphas get the same, whole gradient on every tensor-parallel rank.
+
+    A rank holds ffn_hidden_size / tp columns, so its gradient of the replicated alphas covers those
+    columns alone and the ranks' gradients must be summed. With sequence parallelism the parameters
+    carry the mark that Megatron sums for (together with the norms, once a step); otherwise, and for
+    experts, whose group is not the dense one, the sum is part of backward.
+
+    Args:
+        settings: the placeholder's values.
+        tp_group: the ranks that share this MLP's columns.
+        sequence_parallel: the config's flag.
+        is_expert: the MLP is an expert of a mixture.
+    """
+
+    def __init__(
+        self,
+        settings: XIELUPlaceholder,
+        tp_group: torch.distributed.ProcessGroup,
+        *,
+        sequence_parallel: bool,
+        is_expert: bool = False,
+    ) -> None:
+        super().__init__(settings.alpha_p_init, settings.alpha_n_init, settings.beta, settings.impl)
+        self.tp_group = tp_group
+        summed_by_megatron = sequence_parallel and not is_expert
+        self.sum_in_backward = tp_group.size() > 1 and not summed_by_megatron
+        for alpha in (self.alpha_p, self.alpha_n):
+            alpha.sequence_parallel = summed_by_megatron  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., ffn_hidden_size / tp]."""
+        if not self.sum_in_backward:
+            return super().forward(x)
+        # both alphas in one all-reduce
+        alphas = copy_to_tensor_model_parallel_region(
+            torch.cat((self.alpha_p, self.alpha_n)), self.tp_group
+        )
+        return xielu(x, alphas[0], alphas[1], beta=self.beta, impl=self.impl)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Both alphas as Megatron checkpoint shards, replicated over `tp_group`.
+
+        Without it Megatron would take each tensor-parallel rank's copy for the original.
+        """
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            sharded_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
+def install(model: nn.Module) -> nn.Module:
+    """Give every MLP of a built model its own xIELU; MLPs that have one are left alone.
+
+    Raises:
+        ValueError: an MLP is gated, which xIELU is not made for.
+        RuntimeError: a module still holds the placeholder afterwards.
+    """
+    for mlp in model.modules():
+        if isinstance(mlp, MLP) and isinstance(mlp.activation_func, XIELUPlaceholder):
+            mlp.activation_func = _build(mlp)
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):
+            raise RuntimeError(
+                f"{name} ({type(module).__name__}) has no place for xIELU's parameters; use layers "
+                "whose feed-forward is an MLP (for experts: SequentialMLP, without grouped GEMM)"
+            )
+    return model
+
+
+def _build(mlp: MLP) -> ParallelXIELU:
+    if mlp.config.gated_linear_unit:
+        raise ValueError(
+            "xIELU is not gated: leave out --swiglu and widen ffn_hidden_size to 1.5 times the "
+            "gated MLP's for equal parameters and FLOPs"
+        )
+    is_expert = bool(getattr(mlp.linear_fc1, "is_expert", False))
+    module = ParallelXIELU(
+        mlp.activation_func,
+        mlp.tp_group,
+        sequence_parallel=mlp.config.sequence_parallel,
+        is_expert=is_expert,
+    )
+    for alpha in (module.alpha_p, module.alpha_n):
+        # false for experts spread over ranks: data parallelism must not average different experts
+        alpha.allreduce = getattr(mlp.linear_fc1.weight, "allreduce", True)  # type: ignore[attr-defined]
+    return module
+
+
+def installed_activations(model: nn.Module) -> dict[int, ParallelXIELU]:
+    """xIELU of each dense decoder layer of a pipeline stage, by 1-based layer number."""
+    return {
+        layer.layer_number: layer.mlp.activation_func
+        for layer in model.modules()
+        if hasattr(layer, "layer_number")
+        and isinstance(getattr(layer, "mlp", None), MLP)
+        and isinstance(layer.mlp.activation_func, ParallelXIELU)
+    }

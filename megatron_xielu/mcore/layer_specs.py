@@ -1,0 +1,82 @@
+"""Megatron's own layer specs with xIELU in the MLP.
+
+`xielu_layer_spec` is what Megatron's `--spec megatron_xielu.mcore.layer_specs xielu_layer_spec`
+names, so a stock Megatron entry script trains xIELU without a change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_xielu.mcore.activation import XIELUPlaceholder, install
+from megatron_xielu.mcore.attention import SDPAttention
+from megatron_xielu.mcore.norm import RMSNorm
+
+
+def xielu_layer_spec(
+    config: GPTModelConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec Megatron would choose for this config, with xIELU in every MLP.
+
+    Args:
+        config: the model's config; its activation becomes the placeholder unless it is one already.
+        vp_stage: virtual pipeline stage.
+    """
+    use_xielu(config.transformer)
+    spec = default_layer_spec(config, vp_stage)
+    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
+    # a spec object stands for many layers, so each is edited once
+    for layer in {id(layer): layer for layer in layers}.values():
+        layer.submodules.mlp = _with_xielu(layer.submodules.mlp)
+        if config.transformer.transformer_impl == "local":
+            _use_torch_kernels(layer.submodules, config.transformer)
+    if config.transformer.transformer_impl == "local" and isinstance(spec, ModuleSpec):
+        count = get_num_layers_to_build(config.transformer, vp_stage)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+    if isinstance(spec, TransformerBlockSubmodules) and _local_rms_norm(config.transformer):
+        spec.layer_norm = RMSNorm
+    return spec
+
+
+def use_xielu(config: TransformerConfig, placeholder: XIELUPlaceholder | None = None) -> None:
+    """Make xIELU a transformer config's activation, keeping a placeholder that is there already."""
+    if placeholder is not None or not isinstance(config.activation_func, XIELUPlaceholder):
+        config.activation_func = placeholder or XIELUPlaceholder()
+    # Megatron's fused bias + activation kernels know their own activations only
+    config.bias_activation_fusion = False
+
+
+def install_on_chunks(chunks: list[Any]) -> list[Any]:
+    """A Megatron `pre_wrap_hooks` entry: reaches MTP, mixture and hybrid layers as well."""
+    return [install(chunk) for chunk in chunks]
+
+
+def _with_xielu(build_mlp: Callable[..., Any]) -> Callable[..., Any]:
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return install(build_mlp(*args, **kwargs))
+
+    return build
+
+
+def _use_torch_kernels(submodules: Any, config: TransformerConfig) -> None:
+    attention = submodules.self_attention.submodules
+    if attention.core_attention is DotProductAttention:
+        attention.core_attention = SDPAttention
+    if _local_rms_norm(config):
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+
+
+def _local_rms_norm(config: TransformerConfig) -> bool:
+    return config.transformer_impl == "local" and config.normalization == "RMSNorm"

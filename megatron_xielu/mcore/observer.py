@@ -1,0 +1,173 @@
+"""What a run tells about itself: reads Megatron's training loop and hands plain numbers on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.training.global_vars import get_args, get_tensorboard_writer
+from torch import nn
+
+from megatron_xielu.mcore import patches
+from megatron_xielu.mcore.activation import installed_activations
+
+LOSS = "lm loss"
+
+
+class Listener(Protocol):
+    """Receives the numbers on the reporting rank, the last one, which has the loss."""
+
+    def step(
+        self,
+        *,
+        step: int,
+        loss: float,
+        grad_norm: float | None,
+        lr: float,
+        alpha_p: Sequence[float],
+        alpha_n: Sequence[float],
+        seconds_per_step: float,
+    ) -> None:
+        """Loss is the interval's mean; alphas are effective values of all layers in order."""
+
+    def validation(self, *, step: int, loss: float) -> None:
+        """Mean held-out loss in nats per token."""
+
+
+class Observer:
+    """Wraps Megatron's logging and evaluation; its own output and TensorBoard scalars stay.
+
+    Args:
+        listener: called on the last rank alone, every `log_interval` steps and at evaluations.
+        evaluate_first: also evaluate before the first step of a new run.
+    """
+
+    def __init__(self, listener: Listener, *, evaluate_first: bool) -> None:
+        self.listener = listener
+        self.evaluate_first = evaluate_first
+        self.model: Sequence[nn.Module] = ()
+        self._losses: list[torch.Tensor] = []
+        self._interval_start = 0.0
+        self._valid_loss: float | None = None
+        self._last_valid_step = -1
+
+    def attach(self) -> None:
+        """Wrap the four functions of the training loop that this needs."""
+        patches.wrap_training("train", self._around_train)
+        patches.wrap_training("training_log", self._around_training_log)
+        patches.wrap_training("evaluate", self._around_evaluate)
+        patches.wrap_training("evaluate_and_print_results", self._around_evaluate_and_print)
+
+    def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(
+            forward_step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any,
+            valid_data: Any, process_non_loss: Any, config: Any, *args: Any, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            self.model = model
+            run = get_args()
+            if self.evaluate_first and run.iteration == 0 and run.do_valid:
+                _training().evaluate_and_print_results(
+                    "initialization", forward_step, valid_data, model, 0, process_non_loss, config
+                )
+            self._interval_start = time.perf_counter()
+            return train(
+                forward_step, model, optimizer, scheduler, train_data, valid_data,
+                process_non_loss, config, *args, **kwargs,
+            )  # fmt: skip
+
+        return observed
+
+    def _around_training_log(self, training_log: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(
+            loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int,
+            loss_scale: Any, report_memory: Any, skipped: Any, grad_norm: Any, *args: Any,
+            **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            result = training_log(
+                loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory,
+                skipped, grad_norm, *args, **kwargs,
+            )  # fmt: skip
+            if LOSS in loss_dict and not skipped:
+                self._losses.append(loss_dict[LOSS].detach())
+            if iteration % get_args().log_interval == 0:
+                self._report_step(iteration, learning_rate, grad_norm)
+            return result
+
+        return observed
+
+    def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            losses, *rest = evaluate(*args, **kwargs)
+            if LOSS in losses:
+                self._valid_loss = float(losses[LOSS])
+            return losses, *rest
+
+        return observed
+
+    def _around_evaluate_and_print(self, report: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(
+            prefix: str, forward_step: Any, data: Any, model: Any, iteration: int, *args: Any,
+            **kwargs: Any,
+        ) -> None:  # fmt: skip
+            # Megatron evaluates once more after the last step, even if that step just did
+            if iteration == self._last_valid_step:
+                return
+            self._last_valid_step = iteration
+            report(prefix, forward_step, data, model, iteration, *args, **kwargs)
+            if _is_reporting_rank() and self._valid_loss is not None:
+                self.listener.validation(step=iteration, loss=self._valid_loss)
+
+        return observed
+
+    def _report_step(self, iteration: int, lr: float | None, grad_norm: float | None) -> None:
+        alpha_p, alpha_n = gather_alphas(self.model, get_args().num_layers)
+        losses, self._losses = self._losses, []
+        if not _is_reporting_rank() or not losses:
+            return
+        # reading the loss waits for the device, so the clock is read after it
+        loss = float(torch.stack(losses).mean())
+        now = time.perf_counter()
+        seconds = (now - self._interval_start) / get_args().log_interval
+        self._interval_start = now
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            for layer, (a_p, a_n) in enumerate(zip(alpha_p, alpha_n, strict=True)):
+                writer.add_scalar(f"xielu/alpha_p/layer_{layer}", a_p, iteration)
+                writer.add_scalar(f"xielu/alpha_n/layer_{layer}", a_n, iteration)
+            tokens = get_args().global_batch_size * get_args().seq_length
+            writer.add_scalar("throughput/tokens_per_second", tokens / seconds, iteration)
+        self.listener.step(
+            step=iteration,
+            loss=loss,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            lr=float(lr or 0.0),
+            alpha_p=alpha_p,
+            alpha_n=alpha_n,
+            seconds_per_step=seconds,
+        )
+
+
+def gather_alphas(model: Sequence[nn.Module], num_layers: int) -> tuple[list[float], list[float]]:
+    """Effective (a_p, a_n) of every decoder layer, in order, from all pipeline stages.
+
+    A collective over the pipeline group: every rank must call it.
+    """
+    alphas = torch.zeros(2, num_layers, device="cuda")
+    for chunk in model:
+        for layer_number, activation in installed_activations(chunk).items():
+            alphas[:, layer_number - 1] = torch.cat(activation.effective_alphas())
+    torch.distributed.all_reduce(alphas, group=parallel_state.get_pipeline_model_parallel_group())
+    return alphas[0].tolist(), alphas[1].tolist()
+
+
+def _is_reporting_rank() -> bool:
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def _training() -> Any:
+    import megatron.training.training
+
+    return megatron.training.training

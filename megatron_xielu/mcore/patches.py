@@ -1,0 +1,74 @@
+"""The places where Megatron leaves no other way in: one function each, idempotent, named.
+
+Every function replaces or wraps one attribute of one Megatron module; `contract` holds a check of
+each of them, and a test fails with the name of the upstream symbol that moved.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import megatron.core.datasets.utils
+import megatron.core.optimizer
+import megatron.core.optimizer.distrib_optimizer
+import megatron.training.training
+from megatron.core.optimizer import ParamKey
+
+from megatron_xielu.mcore.adamw import GroupStepAdamW
+
+
+def skip_dataset_helper_build() -> None:
+    """Do not run `make` for the dataset helpers when they are built already.
+
+    `megatron.core.datasets.utils.compile_helpers` runs make in the installed package; the wheel
+    ships the compiled helpers without the Makefile, and Megatron then exits.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        megatron.core.datasets.utils.compile_helpers = _helpers_are_built
+
+
+def _helpers_are_built() -> None:
+    return None
+
+
+def use_group_step_adamw() -> None:
+    """Give Megatron an AdamW its distributed checkpoints can hold, if it has no fused Adam."""
+    if megatron.core.optimizer.USING_PYTORCH_OPTIMIZER:
+        megatron.core.optimizer.Adam = GroupStepAdamW
+        megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = False
+        megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+def scale_alpha_learning_rate(multiplier: float) -> None:
+    """Train the alphas at `multiplier` times the learning rate of everything else.
+
+    `megatron.training.training.get_megatron_optimizer_config` is where Megatron decides on
+    per-parameter overrides, without a place to add one.
+    """
+    training = megatron.training.training
+    build = _unwrapped(training.get_megatron_optimizer_config)
+
+    @functools.wraps(build)
+    def with_alpha_override(args: Any) -> tuple[Any, dict[Any, Any]]:
+        config, overrides = build(args)
+        alphas = ParamKey(name="*.activation_func.alpha_*")
+        rates = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
+        return config, {**(overrides or {}), alphas: rates}
+
+    training.get_megatron_optimizer_config = with_alpha_override
+
+
+def wrap_training(
+    name: str, make_wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Wrap function `name` of `megatron.training.training`, once however often it is called."""
+    original = _unwrapped(getattr(megatron.training.training, name))
+    wrapper = functools.wraps(original)(make_wrapper(original))
+    setattr(megatron.training.training, name, wrapper)
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(function, "__wrapped__", function)

@@ -1,0 +1,184 @@
+"""Pretraining through Megatron's own loop: arguments in, trained checkpoints out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_tokenizer
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.training import pretrain as megatron_pretrain
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_xielu.mcore import contract, patches
+from megatron_xielu.mcore.activation import XIELUPlaceholder
+from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
+from megatron_xielu.mcore.observer import LOSS, Listener, Observer
+
+
+def pretrain(
+    argv: Sequence[str],
+    activation: XIELUPlaceholder,
+    listener: Listener,
+    *,
+    alpha_lr_mult: float = 1.0,
+    evaluate_first: bool = True,
+) -> None:
+    """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
+
+    Args:
+        argv: Megatron's own flags, without a program name.
+        activation: xIELU's settings.
+        listener: gets the run's numbers on the last rank.
+        alpha_lr_mult: learning rate of the alphas relative to the other parameters.
+        evaluate_first: evaluate before the first step of a new run.
+
+    Raises:
+        UserError: the installed Megatron-Core is not one this was written against.
+        SystemExit: Megatron's way to end after a signal, with code 0 and a checkpoint saved.
+    """
+    contract.check_version()
+    patches.skip_dataset_helper_build()
+    patches.use_group_step_adamw()
+    if alpha_lr_mult != 1.0:
+        patches.scale_alpha_learning_rate(alpha_lr_mult)
+    with _command_line(argv):
+        args = parse_and_validate_args()
+    model = gpt_config_from_args(args)
+    use_xielu(model.transformer, activation)
+    # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
+    model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
+    model.pre_wrap_hooks.append(install_on_chunks)
+    Observer(listener, evaluate_first=evaluate_first).attach()
+    megatron_pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def forward_step(data_iterator: Any, model: GPTModel) -> tuple[Tensor, Any]:
+    """One micro-batch through this pipeline stage, with the function that makes its loss."""
+    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_function, batch["loss_mask"])
+
+
+def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Summed next-token loss of a micro-batch.
+
+    Args:
+        loss_mask, output: [micro_batch_size, seq_length]; 0 hides a token, output is its loss.
+
+    Returns:
+        The sum, the number of tokens, and both for Megatron's report.
+    """
+    mask = loss_mask.flatten().float()
+    loss = (output.flatten().float() * mask).sum()
+    num_tokens = mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=_is_not_finite,
+            message="the loss is not finite",
+            tolerance=0.0,
+            fatal=True,
+        )
+    return loss, num_tokens, {LOSS: torch.stack((loss.detach(), num_tokens.float()))}
+
+
+def _is_not_finite(loss: Tensor) -> bool:
+    return not bool(torch.isfinite(loss))
+
+
+def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Tensor | None]:
+    args = get_args()
+    names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    if not first and not last:
+        return dict.fromkeys(names)
+    batch: dict[str, Any] = dict.fromkeys(names)
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch.update((key, value.cuda(non_blocking=True)) for key, value in sample.items())
+    return get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+
+
+def build_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
+    """Train, validation and test datasets; test is None unless flags ask for it."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+    def built_here() -> bool:
+        return (
+            is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+        )
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, built_here, config).build()
+
+
+# every rank calls the builder, which has collectives of its own
+build_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _command_line(argv: Sequence[str]) -> Iterator[None]:
+    # Megatron's parser reads sys.argv
+    kept, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = kept
