@@ -141,10 +141,9 @@ def _build(mlp: MLP) -> ParallelXIELU:
 
 def installed_activations(model: nn.Module) -> dict[int, ParallelXIELU]:
     """xIELU of each dense decoder layer of a pipeline stage, by 1-based layer number."""
-    return {
-        layer.layer_number: layer.mlp.activation_func
-        for layer in model.modules()
-        if hasattr(layer, "layer_number")
-        and isinstance(getattr(layer, "mlp", None), MLP)
-        and isinstance(layer.mlp.activation_func, ParallelXIELU)
-    }
+    found: dict[int, ParallelXIELU] = {}
+    for layer in model.modules():
+        mlp = getattr(layer, "mlp", None)
+        if isinstance(mlp, MLP) and isinstance(mlp.activation_func, ParallelXIELU):
+            found[int(layer.layer_number)] = mlp.activation_func  # type: ignore[arg-type]
+    return found

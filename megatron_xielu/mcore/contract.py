@@ -1,14 +1,151 @@
-"""What this package relies on in Megatron-Core, written down so that a test can name what moved."""
+"""What this package relies on in Megatron-Core, written down so that a check names what moved."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
 from megatron_xielu.errors import UserError
 
 MEGATRON_CORE = (Version("0.19.2"), Version("0.20"))
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One upstream symbol and what about it matters here."""
+
+    symbol: str
+    """Module and attribute, dotted."""
+    use: str
+    """What this package does with it."""
+    parameters: str = ""
+    """Names its parameters must begin with, in order."""
+    source: str = ""
+    """Text that its source must hold."""
+
+
+_LOOP = "megatron.training.training"
+SEAMS = (
+    Seam(
+        "megatron.core.transformer.mlp.MLP.forward",
+        "calls the module installed as activation_func",
+        "self hidden_states",
+        "self.activation_func(intermediate_parallel)",
+    ),
+    Seam(
+        "megatron.core.transformer.mlp.MLP.__init__",
+        "takes the placeholder from the config and keeps tp_group",
+        source="self.activation_func = self.config.activation_func",
+    ),
+    Seam(
+        "megatron.core.transformer.mlp.MLP.sharded_state_dict",
+        "saves the activation's parameters as a submodule's",
+        source="self._modules.items()",
+    ),
+    Seam(
+        "megatron.core.transformer.transformer_layer.TransformerLayer.__init__",
+        "builds the MLP by calling submodules.mlp",
+        source="self.mlp = submodules.mlp(",
+    ),
+    Seam(
+        "megatron.core.transformer.transformer_block.TransformerBlockSubmodules",
+        "carries our norm to the end of the block",
+        "layer_specs layer_norm",
+    ),
+    Seam(
+        "megatron.core.transformer.transformer_block.get_num_layers_to_build",
+        "says how many layers a pipeline stage has",
+        "config vp_stage",
+    ),
+    Seam(
+        "megatron.core.transformer.dot_product_attention.DotProductAttention.forward",
+        "is overridden by SDPAttention",
+        "self query key value attention_mask attn_mask_type",
+    ),
+    Seam(
+        "megatron.core.transformer.utils.make_sharded_tensors_for_checkpoint",
+        "makes the alphas' checkpoint shards",
+        "state_dict prefix",
+    ),
+    Seam(
+        "megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads",
+        "sums the gradients of marked parameters under sequence parallelism",
+        source='config.sequence_parallel and getattr(param, "sequence_parallel", False)',
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.copy_to_tensor_model_parallel_region",
+        "sums the alphas' gradients in backward otherwise",
+        "input_ group",
+    ),
+    Seam(
+        "megatron.core.optimizer.get_standard_config_overrides",
+        "spares one-dimensional parameters from weight decay",
+        "config",
+        "len(param.shape) == 1",
+    ),
+    Seam(
+        "megatron.core.optimizer._get_megatron_optimizer_based_on_param_groups",
+        "builds GroupStepAdamW through the module's Adam",
+        source="if USING_PYTORCH_OPTIMIZER:",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+        "tells the distributed optimizer where the step is counted",
+    ),
+    Seam(
+        "megatron.core.datasets.utils.compile_helpers",
+        "is skipped where the helpers are built",
+        source='"make"',
+    ),
+    Seam(
+        "megatron.core.utils.get_batch_on_this_tp_rank",
+        "hands a batch to the tensor-parallel ranks",
+        "batch has_cu_seqlens is_hybrid_cp create_attention_mask_in_dataloader",
+    ),
+    Seam(
+        "megatron.training.models.gpt.default_layer_spec",
+        "is the spec that xielu_layer_spec changes",
+        "config vp_stage",
+    ),
+    Seam(
+        "megatron.training.models.gpt.GPTModelBuilder.build_distributed_models",
+        "runs pre_wrap_hooks on the built model",
+        source="pre_wrap_hook",
+    ),
+    Seam(
+        f"{_LOOP}.get_megatron_optimizer_config",
+        "gets the alphas' learning rate added",
+        "args",
+    ),
+    Seam(
+        f"{_LOOP}.train",
+        "is wrapped for the evaluation before the first step",
+        "forward_step_func model optimizer opt_param_scheduler train_data_iterator "
+        "valid_data_iterator process_non_loss_data_func config",
+    ),
+    Seam(
+        f"{_LOOP}.training_log",
+        "is wrapped for the step line",
+        "loss_dict total_loss_dict learning_rate iteration loss_scale "
+        "report_memory_flag skipped_iter grad_norm",
+    ),
+    Seam(f"{_LOOP}.evaluate", "is wrapped for the held-out loss", "forward_step_func"),
+    Seam(
+        f"{_LOOP}.evaluate_and_print_results",
+        "is wrapped for the held-out loss",
+        "prefix forward_step_func data_iterator model iteration process_non_loss_data_func config",
+    ),
+    Seam(
+        f"{_LOOP}.checkpoint_and_decide_exit",
+        "saves and ends the run after SIGTERM",
+        source="signal_handler.signals_received()",
+    ),
+)
 
 
 def check_version() -> None:
@@ -20,3 +157,31 @@ def check_version() -> None:
             f"megatron-core {found} is installed; this release is written against "
             f">={lowest},<{below}: pip install 'megatron-core=={lowest}'"
         )
+
+
+def problem_with(seam: Seam) -> str | None:
+    """What is no longer as this package needs it, with the symbol's name; None if all is well."""
+    try:
+        found = _resolve(seam.symbol)
+    except (ImportError, AttributeError) as error:
+        return f"{seam.symbol}, which {seam.use}, is gone: {error}"
+    if seam.parameters:
+        names = " ".join(inspect.signature(found).parameters)
+        if not f"{names} ".startswith(f"{seam.parameters} "):
+            return f"{seam.symbol}, which {seam.use}, takes ({names}), not ({seam.parameters} ...)"
+    if seam.source and seam.source not in inspect.getsource(inspect.unwrap(found)):
+        return f"{seam.symbol}, which {seam.use}, no longer holds {seam.source!r}"
+    return None
+
+
+def _resolve(symbol: str) -> Any:
+    parts = symbol.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:split]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[split:]:
+            found = getattr(found, name)
+        return found
+    raise ImportError(f"no module {parts[0]}")

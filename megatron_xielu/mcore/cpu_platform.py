@@ -6,7 +6,8 @@ for streams, generators and properties. `enable` answers all of that for a machi
 - a torch function mode rewrites every `device=` that names CUDA, `Tensor.cuda` and `Tensor.to`;
 - the functions of `torch.cuda` that Megatron calls get a CPU meaning.
 
-It has to run before Megatron is imported and it changes nothing where a GPU is present.
+It changes the whole process, so only what runs a Megatron model calls it, before the model is
+built. Where a GPU is present it changes nothing.
 """
 
 from __future__ import annotations
@@ -19,32 +20,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Megatron reads these while it is being imported; a CPU run cannot use what they guard
-_ENVIRONMENT = {
-    # the CUDA build's compiler asks the driver for its version
-    "TORCH_COMPILE_DISABLE": "1",
-    # Megatron refuses tensor parallelism without it
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-}
-
-
-def needed() -> bool:
-    """Whether this machine has no usable GPU."""
-    return not _has_gpu
-
 
 def enable() -> bool:
-    """Make "cuda" mean "cpu" for this process if it has no GPU; returns whether it did."""
-    if not needed():
-        return False
-    if not _enabled:
-        os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
-        _replace_cuda_functions()
-        _enabled.append(CudaMeansCpu())
-        _enabled[0].__enter__()
+    """Make "cuda" mean "cpu" for this process if it has no GPU; returns whether it does."""
+    if _enabled or torch.cuda.is_available():
+        return bool(_enabled)
+    # the CUDA build's compiler asks the driver for its version
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
+    _replace_cuda_functions()
+    _enabled.append(CudaMeansCpu())
+    _enabled[0].__enter__()
     return True
 
 
@@ -148,6 +138,8 @@ def _replace_cuda_functions() -> None:
     cuda: Any = torch.cuda
     constants = {
         "is_available": True,
+        # Megatron's generator changes wait until CUDA is there
+        "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
         "get_device_name": "cpu",
@@ -175,8 +167,6 @@ def _replace_cuda_functions() -> None:
     cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.get_rng_state = lambda *_, **__: torch.default_generator.get_state()
     cuda.set_rng_state = lambda new_state, *_, **__: torch.default_generator.set_state(new_state)
-    # Megatron queues its generator changes until CUDA is there
-    cuda._lazy_call = lambda queued, **_: queued()
     cuda.default_generators = (torch.default_generator,)
     cuda.Stream, cuda.Event = _Stream, type("_Event", (_Stream,), {})
     cuda.stream = lambda *_: contextlib.nullcontext()
@@ -192,5 +182,4 @@ def _replace_cuda_functions() -> None:
     torch.accelerator.is_available = _answer(False)
 
 
-_has_gpu = torch.cuda.is_available()
 _enabled: list[CudaMeansCpu] = []

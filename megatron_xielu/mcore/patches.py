@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import megatron.core.datasets.utils
@@ -18,6 +20,16 @@ import megatron.training.training
 from megatron.core.optimizer import ParamKey
 
 from megatron_xielu.mcore.adamw import GroupStepAdamW
+
+
+@contextmanager
+def command_line(argv: Sequence[str]) -> Iterator[None]:
+    """Megatron's parser reads `sys.argv`; this lends it one."""
+    kept, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = kept
 
 
 def skip_dataset_helper_build() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +21,7 @@ from megatron.training.training import pretrain as megatron_pretrain
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_xielu.mcore import contract, patches
+from megatron_xielu.mcore import contract, cpu_platform, patches
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer
@@ -51,11 +49,12 @@ def pretrain(
         SystemExit: Megatron's way to end after a signal, with code 0 and a checkpoint saved.
     """
     contract.check_version()
+    cpu_platform.enable()
     patches.skip_dataset_helper_build()
     patches.use_group_step_adamw()
     if alpha_lr_mult != 1.0:
         patches.scale_alpha_learning_rate(alpha_lr_mult)
-    with _command_line(argv):
+    with patches.command_line(argv):
         args = parse_and_validate_args()
     model = gpt_config_from_args(args)
     use_xielu(model.transformer, activation)
@@ -111,7 +110,7 @@ def _is_not_finite(loss: Tensor) -> bool:
     return not bool(torch.isfinite(loss))
 
 
-def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Tensor | None]:
+def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
     args = get_args()
     names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
@@ -172,13 +171,3 @@ def build_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> A
 
 # every rank calls the builder, which has collectives of its own
 build_datasets.is_distributed = True  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _command_line(argv: Sequence[str]) -> Iterator[None]:
-    # Megatron's parser reads sys.argv
-    kept, sys.argv = sys.argv, [sys.argv[0], *argv]
-    try:
-        yield
-    finally:
-        sys.argv = kept

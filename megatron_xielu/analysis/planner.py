@@ -1,0 +1,270 @@
+"""What a recipe costs before it runs: parameters, tokens, FLOPs, GPU-hours and memory.
+
+Every figure is arithmetic on the recipe, with no measurement in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_xielu.errors import UserError
+from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
+from megatron_xielu.recipes.schema import Model, Recipe
+from megatron_xielu.recipes.validate import check
+
+PEAK_FLOPS: dict[str, float] = {
+    "A100": 312e12,
+    "H100": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989.4e12,
+    "H200 NVL": 835e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets ("H100 Tensor Core
+GPU" and so on). From Hopper on they print the rate with 2:4 sparsity; this is half of it.
+"""
+
+_PLANNED_MFU = 0.40
+_GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest device at the end of a micro-batch's forward pass."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """Bytes, without the allocator's slack, communication buffers and the CUDA context."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The derived numbers of one recipe on one world size."""
+
+    name: str
+    world_size: int
+    data_parallel_size: int
+    micro_batches_per_step: int
+    parameters: int
+    parameters_without_embeddings: int
+    alphas: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    tokens_per_parameter: float
+    flops_per_token_matmul: int
+    flops_per_token_causal: int
+    flops_per_token_full: int
+    flops: int
+    """Of the whole run, with causal attention."""
+    h100_hours: float
+    """At 40 % of an H100 SXM's dense bf16 peak."""
+    precision: str
+    memory: Memory
+
+
+def plan(recipe: Recipe, world_size: int) -> Plan:
+    """Raises RecipeError where the recipe cannot run on `world_size` ranks, UserError where it has
+    no vocabulary size yet."""
+    check(recipe, world_size)
+    model, training = recipe.model, recipe.training
+    dp = data_parallel_size(recipe, world_size)
+    parameters = count_parameters(model)
+    tokens_per_step = training.global_batch_size * model.seq_length
+    tokens = tokens_per_step * training.train_iters
+    flops = flops_per_token(model) * tokens
+    return Plan(
+        name=recipe.name,
+        world_size=world_size,
+        data_parallel_size=dp,
+        micro_batches_per_step=training.global_batch_size // (training.micro_batch_size * dp),
+        parameters=parameters,
+        parameters_without_embeddings=parameters - _embeddings(model),
+        alphas=2 * model.num_layers,
+        tokens_per_step=tokens_per_step,
+        steps=training.train_iters,
+        tokens=tokens,
+        tokens_per_parameter=tokens / parameters,
+        flops_per_token_matmul=flops_per_token(model, attention="none"),
+        flops_per_token_causal=flops_per_token(model, attention="causal"),
+        flops_per_token_full=flops_per_token(model, attention="full"),
+        flops=flops,
+        h100_hours=flops / (_PLANNED_MFU * PEAK_FLOPS["H100"]) / 3600,
+        precision=_precision(recipe),
+        memory=estimate_memory(recipe, world_size),
+    )
+
+
+def count_parameters(model: Model) -> int:
+    """All trained numbers: embeddings, blocks, norms and the two alphas of each layer."""
+    layer = _matmul_weights(model) + _layer_vectors(model)
+    return _embeddings(model) + model.num_layers * layer + model.hidden_size
+
+
+def flops_per_token(
+    model: Model, *, attention: Literal["none", "causal", "full"] = "causal"
+) -> int:
+    """FLOPs of forward and backward per token, embedding look-ups and elementwise work left out.
+
+    6 per weight of a matmul, the output layer included, plus the attention scores and values:
+    nothing ("none"), the half that the causal mask leaves ("causal", what Megatron-Core 0.19
+    reports as TFLOP/s), or 12 x layers x heads x head_dim x seq_length ("full", PaLM's MFU,
+    arXiv 2204.02311 appendix B).
+    """
+    weights = model.num_layers * _matmul_weights(model) + _vocab_size(model) * model.hidden_size
+    per_position = {"none": 0, "causal": 6, "full": 12}[attention]
+    channels = model.num_attention_heads * head_dim(model)
+    return 6 * weights + per_position * model.num_layers * channels * model.seq_length
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of `torch.cuda.get_device_name()`, or None if it is not in the table."""
+    # a MIG slice carries the whole device's name
+    matches = [key for key in PEAK_FLOPS if key.lower() in device_name.lower()]
+    if not matches or "MIG" in device_name:
+        return None
+    return PEAK_FLOPS[max(matches, key=len)]
+
+
+def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
+    """A byte model of the fullest pipeline stage.
+
+    Weights in the run's precision, gradients in fp32; AdamW's two moments in fp32, and with bf16 a
+    fp32 copy of the weights, both cut by the data parallel size under the distributed optimizer.
+    Activations are what each matmul and norm keeps for its backward pass, without recomputation.
+    Logits exist once in the run's precision and once in fp32 for the loss.
+    """
+    model, training, parallel = recipe.model, recipe.training, recipe.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    dp = data_parallel_size(recipe, world_size)
+    bf16 = _precision(recipe) == "bf16"
+    parameters = _parameters_per_device(model, tp, pp)
+    tokens = training.micro_batch_size * model.seq_length
+    # 1F1B: the first stage holds one micro-batch per stage, as far as there are that many
+    in_flight = min(pp, training.global_batch_size // (training.micro_batch_size * dp))
+    kept = _activations_per_token(recipe) * tokens * in_flight * model.num_layers / pp
+    element = 2 if bf16 else 4
+    return Memory(
+        weights=element * parameters,
+        gradients=4 * parameters,
+        optimizer=(12 if bf16 else 8)
+        * parameters
+        / (dp if parallel.use_distributed_optimizer else 1),
+        activations=element * kept,
+        logits=(6 if bf16 else 4) * tokens * _vocab_size(model) / tp,
+    )
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as aligned text for a terminal."""
+    memory = plan.memory
+    gib = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer,
+        "activations": memory.activations,
+        "logits": memory.logits,
+        "total": memory.total,
+    }
+    sections = {
+        f"{plan.name} on {plan.world_size:,} devices": {
+            "data parallel size": f"{plan.data_parallel_size:,}",
+            "micro-batches per step": f"{plan.micro_batches_per_step:,}",
+        },
+        "model": {
+            "parameters": f"{plan.parameters:,}",
+            "without embeddings": f"{plan.parameters_without_embeddings:,}",
+            "alphas": f"{plan.alphas:,}",
+        },
+        "tokens": {
+            "tokens per step": f"{plan.tokens_per_step:,}",
+            "steps": f"{plan.steps:,}",
+            "tokens": f"{plan.tokens:,}",
+            "tokens per parameter": f"{plan.tokens_per_parameter:,.1f}",
+        },
+        "compute, forward and backward": {
+            "FLOPs per token, matmuls": f"{plan.flops_per_token_matmul:,}",
+            "+ causal attention (Megatron)": f"{plan.flops_per_token_causal:,}",
+            "+ full attention (PaLM)": f"{plan.flops_per_token_full:,}",
+            "FLOPs of the run (Megatron)": f"{plan.flops:.4g}",
+            f"H100-hours at {_PLANNED_MFU:.0%} MFU": f"{plan.h100_hours:,.2f}",
+            f"hours on {plan.world_size:,} H100s": f"{plan.h100_hours / plan.world_size:,.2f}",
+        },
+        f"memory per device, GiB, {plan.precision}": {
+            name: f"{size / _GIB:,.2f}" for name, size in gib.items()
+        },
+    }
+    rows = [row for section in sections.values() for row in section.items()]
+    label_width = max(len(label) for label, _ in rows)
+    value_width = max(len(value) for _, value in rows)
+    lines = []
+    for title, section in sections.items():
+        lines.append(title)
+        for label, value in section.items():
+            lines.append(f"  {label:<{label_width}}  {value:>{value_width}}")
+    return "\n".join(lines)
+
+
+def _matmul_weights(model: Model) -> int:
+    """Of one layer: query, key, value and output projections, and the MLP's two matrices."""
+    heads = 2 * model.num_attention_heads + 2 * num_query_groups(model)
+    return model.hidden_size * (heads * head_dim(model) + 2 * model.ffn_hidden_size)
+
+
+def _layer_vectors(model: Model) -> int:
+    """Of one layer, what tensor parallelism replicates: norms and alphas."""
+    qk_norms = 2 * head_dim(model) if model.qk_layernorm else 0
+    return 2 * model.hidden_size + qk_norms + 2
+
+
+def _embeddings(model: Model) -> int:
+    return _vocab_size(model) * model.hidden_size * (1 if model.tie_embeddings else 2)
+
+
+def _vocab_size(model: Model) -> int:
+    if model.vocab_size is None:
+        raise UserError(
+            "model.vocab_size is null: it comes from the data's tokenizer once data.path is read; "
+            "to plan without data give it, for example model.vocab_size=4096"
+        )
+    return model.vocab_size
+
+
+def _precision(recipe: Recipe) -> str:
+    # a plan is about GPUs, where auto means bf16
+    return "bf16" if recipe.training.precision == "auto" else recipe.training.precision
+
+
+def _parameters_per_device(model: Model, tp: int, pp: int) -> float:
+    matrices = model.num_layers / pp * _matmul_weights(model)
+    # with pipeline parallelism the first stage has the embedding and the last the output layer,
+    # a copy of it where they are tied
+    tables = _embeddings(model) if pp == 1 else _vocab_size(model) * model.hidden_size
+    vectors = model.num_layers / pp * _layer_vectors(model) + model.hidden_size
+    return (matrices + tables) / tp + vectors
+
+
+def _activations_per_token(recipe: Recipe) -> float:
+    """Elements that one layer keeps per token on one device."""
+    model, parallel = recipe.model, recipe.parallel
+    tp = parallel.tensor_model_parallel_size
+    # both norms' inputs and outputs
+    hidden = 4 * model.hidden_size / (tp if parallel.sequence_parallel else 1)
+    # queries and attention's output, keys and values
+    channels = (2 * model.num_attention_heads + 2 * num_query_groups(model)) * head_dim(model)
+    # flash attention keeps no scores; the local layers keep the probabilities
+    is_local = model.transformer_impl == "local"
+    scores = model.num_attention_heads * model.seq_length if is_local else 0
+    # xIELU's input and output
+    return hidden + (channels + scores + 2 * model.ffn_hidden_size) / tp

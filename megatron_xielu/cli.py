@@ -1,0 +1,196 @@
+"""The `megatron-xielu` command: each subcommand parses its arguments and calls the library.
+
+Exit codes: 0 done, 1 failed, 2 the user's input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_xielu import __version__
+from megatron_xielu.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # argparse would swallow the separator
+    split = words.index("--") if "--" in words else len(words)
+    args = _parser().parse_args(words[:split])
+    args.megatron_flags = tuple(words[split + 1 :])
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        return _refuse(f"{error}; install what this command needs: pip install {_extra(error)}")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(message: str) -> int:
+    from megatron_xielu.training import launch
+
+    # under torchrun every rank finds the same mistake; one of a machine says it
+    if not launch.is_rank() or launch.local_rank() == 0:
+        print(f"{launch.ERROR_MARK}{message}", file=sys.stderr)
+    return 2
+
+
+def _extra(error: ModuleNotFoundError) -> str:
+    extras = {"yaml": "recipes", "transformers": "hf", "tokenizers": "hf", "safetensors": "hf"}
+    extras["matplotlib"] = "plot"
+    return f"'megatron-xielu[{extras.get((error.name or '').partition('.')[0], 'megatron')}]'"
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from megatron_xielu.training.pretrain import Request, dry_run, pretrain
+
+    request = Request(
+        recipe=args.recipe,
+        overrides=tuple(args.overrides),
+        run_dir=args.run_dir,
+        nproc=args.nproc,
+        megatron_flags=args.megatron_flags,
+    )
+    if args.dry_run:
+        dry_run(request)
+        return 0
+    return pretrain(request)
+
+
+def _prepare_data(args: argparse.Namespace) -> None:
+    from megatron_xielu.data.prepare import prepare
+
+    prepare(
+        args.out,
+        inputs=args.inputs,
+        vocab_size=args.vocab_size,
+        tokenizer=args.tokenizer,
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+        text_key=args.text_key,
+        force=args.force,
+    )
+
+
+def _convert_to_hf(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoint.to_hf import convert_to_hf
+
+    convert_to_hf(args.source, args.out, dtype=args.dtype, tokenizer=args.tokenizer)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_xielu.checkpoint.reference import megatron_logits
+    from megatron_xielu.checkpoint.run import open_run
+    from megatron_xielu.checkpoint.verify import VerifyError, verify_export
+
+    reference = megatron_logits(open_run(args.source))
+    try:
+        print(verify_export(args.hf_dir, args.source, reference_logits=reference))
+    except VerifyError as error:
+        print(f"verification failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoint.generate import generate_text
+
+    texts = generate_text(args.hf_dir, args.prompts, args.max_new_tokens, args.seed)
+    for prompt, text in zip(args.prompts, texts, strict=True):
+        print(f"{prompt}{text}\n")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from megatron_xielu.analysis.plot import plot_runs
+
+    print(plot_runs(args.runs, args.out))
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from megatron_xielu.training.quickstart import quickstart
+
+    return quickstart(args.dir)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-xielu",
+        description="Pretrain language models with the activation xIELU on Megatron-Core.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "pretrain",
+        help="train a model; again on the same run folder goes on",
+        usage="%(prog)s --recipe NAME|FILE [options] [section.key=value ...] [-- MEGATRON FLAGS]",
+    )
+    command.add_argument("--recipe", required=True, help="a preset's name or a YAML file")
+    command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
+    command.add_argument(
+        "--nproc", type=_positive, help="ranks to start here (default: one per GPU, or TP x PP)"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="print recipe, numbers and Megatron's arguments"
+    )
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.set_defaults(run=_pretrain)
+
+    command = commands.add_parser("prepare-data", help="text to a data folder")
+    command.add_argument("out", type=Path, help="the data folder to write")
+    command.add_argument(
+        "inputs",
+        type=Path,
+        nargs="*",
+        help=".txt, .jsonl or .jsonl.gz files (default: English that comes with Python)",
+    )
+    command.add_argument("--vocab-size", type=_positive, default=4096, help="of a new tokenizer")
+    command.add_argument("--tokenizer", type=Path, help="a Hugging Face tokenizer folder to use")
+    command.add_argument("--valid-fraction", type=float, default=0.05, help="share to hold out")
+    command.add_argument("--seed", type=int, default=42, help="chooses what is held out")
+    command.add_argument("--text-key", default="text", help="of a line of .jsonl")
+    command.add_argument("--force", action="store_true", help="replace another data folder")
+    command.set_defaults(run=_prepare_data)
+
+    convert = commands.add_parser("convert", help="a checkpoint to another format")
+    formats = convert.add_subparsers(required=True, metavar="FORMAT")
+    command = formats.add_parser("to-hf", help="to a Hugging Face folder")
+    command.add_argument("source", type=Path, help="a run folder or one of its checkpoints")
+    command.add_argument("out", type=Path, help="the folder to write")
+    command.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    command.add_argument("--tokenizer", type=Path, help="if the run's data is not here")
+    command.set_defaults(run=_convert_to_hf)
+
+    command = commands.add_parser("verify", help="compare an export with its checkpoint")
+    command.add_argument("hf_dir", type=Path)
+    command.add_argument("source", type=Path, help="a run folder or one of its checkpoints")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("generate", help="text from an export, with transformers")
+    command.add_argument("hf_dir", type=Path)
+    command.add_argument("prompts", nargs="+")
+    command.add_argument("--max-new-tokens", type=_positive, default=64)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("plot", help="loss and alphas of runs to a PNG")
+    command.add_argument("runs", type=Path, nargs="+")
+    command.add_argument("--out", type=Path, default=Path("plot.png"))
+    command.set_defaults(run=_plot)
+
+    command = commands.add_parser("quickstart", help="all of it once, on a tiny model")
+    command.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where to")
+    command.set_defaults(run=_quickstart)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number

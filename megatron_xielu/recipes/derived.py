@@ -1,0 +1,25 @@
+"""Numbers that follow from a recipe whose optional fields may be None."""
+
+from __future__ import annotations
+
+from megatron_xielu.recipes.schema import Model, Recipe
+
+
+def head_dim(model: Model) -> int:
+    """Channels of one attention head."""
+    if model.head_dim is not None:
+        return model.head_dim
+    return model.hidden_size // model.num_attention_heads
+
+
+def num_query_groups(model: Model) -> int:
+    """Key/value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def data_parallel_size(recipe: Recipe, world_size: int) -> int:
+    """Model replicas among `world_size` ranks; the recipe must pass `validate` for that size."""
+    parallel = recipe.parallel
+    ranks_per_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    assert world_size % ranks_per_replica == 0
+    return world_size // ranks_per_replica

@@ -1,0 +1,136 @@
+"""A recipe: everything that decides a pretraining run, as a tree of frozen dataclasses.
+
+Field names follow Megatron-Core's arguments. `None` means "derived", and the resolved recipe that
+is saved with a run holds no derived value that was left open. Rules that span fields are in
+`validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder-only Llama: RMSNorm, RoPE, no biases, no dropout, non-gated MLP."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    """Key/value heads; None means one per attention head (multi-head attention)."""
+    head_dim: int | None = None
+    """None means hidden_size / num_attention_heads."""
+    ffn_hidden_size: int
+    """Width of the non-gated MLP: 1.5 times a gated MLP's at equal parameters and FLOPs."""
+    activation: Literal["xielu"] = "xielu"
+    seq_length: int
+    vocab_size: int | None = None
+    """Rows of the embedding; None means the data's tokenizer, rounded up to a multiple of 128."""
+    tie_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    """Output projections are scaled by 1 / sqrt(2 * num_layers), as in Megatron."""
+    qk_layernorm: bool = False
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """auto: TransformerEngine where a GPU and the library are present, else local."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Xielu:
+    """The activation; alpha_*_init are the effective values after softplus."""
+
+    alpha_p_init: float = 0.8
+    alpha_n_init: float = 0.8
+    beta: float = 0.5
+    lr_mult: float = 1.0
+    """Learning rate of the alphas relative to the other parameters."""
+    impl: Literal["auto", "eager", "reference"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the model is cut over ranks; data parallelism takes what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Length and batch of the run, in optimizer steps and sequences."""
+
+    train_iters: int
+    global_batch_size: int
+    micro_batch_size: int
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW; 1-D parameters (norms and alphas) carry no weight decay."""
+
+    lr: float
+    min_lr: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Warmup-stable-decay: linear warmup, flat, then 1 - sqrt to min_lr."""
+
+    lr_warmup_iters: int
+    lr_wsd_decay_iters: int
+    lr_wsd_decay_style: Literal["minus_sqrt", "linear", "cosine", "exponential"] = "minus_sqrt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens are."""
+
+    path: str | None = None
+    """A folder written by `prepare-data`; None is an error once training starts."""
+    num_workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When the run is saved; SIGTERM, Ctrl-C and the last step always save."""
+
+    save_interval: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """How often the run reports, in steps."""
+
+    log_interval: int = 10
+    eval_interval: int = 1000
+    eval_iters: int | None = 10
+    """Global batches of an evaluation; 0 for none, None for the whole validation set each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One pretraining run."""
+
+    name: str
+    model: Model
+    xielu: Xielu = field(default_factory=Xielu)
+    parallel: Parallel = field(default_factory=Parallel)
+    training: Training
+    optimizer: Optimizer
+    schedule: Schedule
+    data: Data = field(default_factory=Data)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)

@@ -1,0 +1,255 @@
+"""`pretrain`: checks everything first, then runs ranks, here or as one of torchrun's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import shutil
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
+from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
+from megatron_xielu.errors import UserError
+from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to_yaml
+from megatron_xielu.training import launch, run_dir
+from megatron_xielu.training.report import Reporter, StepMetrics
+from megatron_xielu.training.resolve import Machine, resolve
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    recipe: str
+    """A preset's name or a YAML file."""
+    overrides: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    """None means runs/ and the recipe's name."""
+    nproc: int | None = None
+    """Ranks to start; None means one per GPU, or as many as the model is cut into."""
+    megatron_flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that passed every check."""
+
+    recipe: Recipe
+    run_dir: Path
+    world_size: int
+    machine: Machine
+    megatron_flags: tuple[str, ...]
+
+    def argv(self) -> list[str]:
+        """Megatron's flags; the user's own come last, and the last one wins."""
+        recipe = self.recipe
+        flags = megatron_args(
+            recipe,
+            world_size=self.world_size,
+            device=self.machine.device,
+            run_dir=self.run_dir,
+            precision=recipe.training.precision,  # type: ignore[arg-type]
+            transformer_impl=recipe.model.transformer_impl,  # type: ignore[arg-type]
+            gradient_accumulation_fusion=self.machine.has_gradient_fusion,
+        )
+        return [*flags, *self.megatron_flags]
+
+
+def dry_run(request: Request) -> None:
+    """Print the resolved recipe, every derived number and Megatron's arguments; start nothing."""
+    recipe = load_recipe(request.recipe, request.overrides)
+    job = _job(request, recipe, check_data=recipe.data.path is not None)
+    print(to_yaml(job.recipe))
+    print(format_plan(plan(job.recipe, job.world_size)))
+    print("\nMegatron arguments:")
+    print("\n".join(f"  {line}" for line in _flag_lines(job.argv())))
+
+
+def pretrain(request: Request) -> int:
+    """Train; returns the exit code of the ranks.
+
+    Raises:
+        UserError: something about the request is wrong; nothing was started or written.
+    """
+    recipe = load_recipe(request.recipe, request.overrides)
+    if launch.is_rank():
+        # read when the GPU is first touched; Megatron asks for it under tensor parallelism
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        return _run_rank(request, recipe)
+    job = _job(request, recipe, check_data=True)
+    run_dir.claim(job.run_dir, job.recipe, progress=print)
+    print(format_plan(plan(job.recipe, job.world_size)))
+    print(
+        f"\nrun folder {job.run_dir}, {job.world_size} ranks, logs in {run_dir.LOGS}/\n", flush=True
+    )
+    # the ranks read the resolved recipe, so that all of them see the same run
+    arguments = ["pretrain", "--recipe", str(job.run_dir / run_dir.RECIPE)]
+    arguments += ["--run-dir", str(job.run_dir), "--", *job.megatron_flags]
+    return launch.launch(arguments, job.world_size, job.run_dir / run_dir.LOGS)
+
+
+def _job(request: Request, recipe: Recipe, *, check_data: bool) -> Job:
+    machine = Machine.detect()
+    parallel = recipe.parallel
+    pieces = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    world_size = request.nproc or machine.num_gpus or pieces
+    if launch.is_rank():
+        world_size = launch.world_size()
+    elif 0 < machine.num_gpus < world_size:
+        raise UserError(
+            f"{world_size} ranks need as many GPUs, this machine has {machine.num_gpus}: set "
+            f"--nproc {machine.num_gpus}, or start the run on more machines with torchrun"
+        )
+    check(recipe, world_size)
+    data = _data(recipe) if check_data else None
+    resolved = resolve(recipe, machine, data)
+    check(resolved, world_size)
+    folder = (request.run_dir or Path("runs") / recipe.name).absolute()
+    return Job(resolved, folder, world_size, machine, request.megatron_flags)
+
+
+def _data(recipe: Recipe) -> DatasetInfo:
+    if recipe.data.path is None:
+        raise UserError(
+            "data.path is not set: write a data folder with `megatron-xielu prepare-data DIR` and "
+            "give data.path=DIR"
+        )
+    folder = Path(recipe.data.path)
+    # one rank of a machine reads the files, the others only need the manifest
+    if launch.is_rank() and launch.local_rank() > 0:
+        return load_info(folder)
+    return check_dataset(folder, vocab_size=recipe.model.vocab_size, progress=print)
+
+
+def _run_rank(request: Request, recipe: Recipe) -> int:
+    job = _job(request, recipe, check_data=not launch.is_child())
+    if not launch.is_child() and launch.rank() == 0:
+        run_dir.claim(job.run_dir, job.recipe, progress=print)
+    log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
+    with launch.logged_to(log) as terminal:
+        try:
+            _train(job, terminal)
+        except Exception as error:
+            traceback.print_exc()
+            message = f"{launch.ERROR_MARK}{_describe(error, job, log)}"
+            print(f"\n{message}", flush=True)
+            if not launch.is_child():
+                print(message, file=terminal, flush=True)
+            # without the other ranks no collective ends, so nothing may wait for one on exit
+            os._exit(1)
+    return 0
+
+
+def _train(job: Job, terminal: TextIO) -> None:
+    # a terminal's Ctrl-C reaches every rank; Megatron saves on SIGTERM
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    # only now, in the rank's own log: Megatron says much while it is imported
+    import torch
+
+    from megatron_xielu.mcore.activation import XIELUPlaceholder
+    from megatron_xielu.mcore.pretrain import pretrain as megatron_pretrain
+
+    xielu = job.recipe.xielu
+    with _Listener(job, terminal) as listener:
+        try:
+            megatron_pretrain(
+                job.argv(),
+                XIELUPlaceholder(xielu.alpha_p_init, xielu.alpha_n_init, xielu.beta, xielu.impl),
+                listener,
+                alpha_lr_mult=xielu.lr_mult,
+                evaluate_first=job.recipe.logging.eval_iters != 0,
+            )
+        except SystemExit as stop:
+            if stop.code:
+                raise RuntimeError(f"Megatron ended with exit code {stop.code}") from stop
+            listener.stopped()
+    torch.distributed.destroy_process_group()
+
+
+class _Listener:
+    """Hands what Megatron's loop tells to the reporter, which only the last rank has."""
+
+    def __init__(self, job: Job, terminal: TextIO) -> None:
+        self._job = job
+        self._terminal = terminal
+        self._reporter: Reporter | None = None
+        if launch.rank() == launch.world_size() - 1:
+            self._reporter = self._make_reporter()
+
+    def _make_reporter(self) -> Reporter:
+        recipe = self._job.recipe
+        return Reporter(
+            run_dir=self._job.run_dir,
+            train_iters=recipe.training.train_iters,
+            tokens_per_step=recipe.training.global_batch_size * recipe.model.seq_length,
+            flops_per_token=flops_per_token(recipe.model),
+            num_devices=self._job.world_size,
+            peak_flops=peak_flops(self._job.machine.device_name),
+            start_step=run_dir.latest_step(self._job.run_dir),
+            out=self._terminal,
+        )
+
+    def __enter__(self) -> _Listener:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._reporter is not None:
+            self._reporter.close()
+
+    def step(self, **numbers: Any) -> None:
+        assert self._reporter is not None
+        numbers |= {name: tuple(numbers[name]) for name in ("alpha_p", "alpha_n")}
+        self._reporter.step(StepMetrics(**numbers))
+
+    def validation(self, *, step: int, loss: float) -> None:
+        assert self._reporter is not None
+        self._reporter.validation(step, loss)
+
+    def stopped(self) -> None:
+        """Say that a signal ended the run and where it stands."""
+        if self._reporter is not None:
+            step = run_dir.latest_step(self._job.run_dir)
+            print(f"stopped at step {step}, saved; the same command goes on", file=self._terminal)
+
+
+def _describe(error: BaseException, job: Job, log: Path) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    step = run_dir.latest_step(job.run_dir)
+    saved = f"step {step} is saved whole, and the same command goes on from it"
+    if not step:
+        saved = "nothing was saved yet"
+    if _is_disk_full(error, job.run_dir):
+        return f"the disk of {job.run_dir} is full; make room: {saved}"
+    summary = traceback.format_exception_only(error)[-1].strip()
+    return f"rank {launch.rank()}: {summary}\n{saved}; the whole story is in {log}"
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    if any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in _chain(error)):
+        return True
+    # checkpoint writers report through strings and other ranks' exceptions
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < 4096
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _flag_lines(argv: Sequence[str]) -> Iterator[str]:
+    line: list[str] = []
+    for word in argv:
+        if word.startswith("--") and line:
+            yield shlex.join(line)
+            line = []
+        line.append(word)
+    if line:
+        yield shlex.join(line)

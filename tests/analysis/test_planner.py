@@ -1,0 +1,222 @@
+"""The planner against the paper's models, transformers' parameter counts and Megatron's FLOPs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from megatron_xielu.analysis.planner import (
+    PEAK_FLOPS,
+    count_parameters,
+    estimate_memory,
+    flops_per_token,
+    format_plan,
+    peak_flops,
+    plan,
+)
+from megatron_xielu.errors import UserError
+from megatron_xielu.recipes import RecipeError, head_dim, load_recipe, num_query_groups
+from megatron_xielu.recipes.schema import Model
+
+SMALL = Model(
+    num_layers=3,
+    hidden_size=64,
+    num_attention_heads=8,
+    ffn_hidden_size=192,
+    seq_length=32,
+    vocab_size=1000,
+)
+GROUPED = Model(
+    num_layers=2,
+    hidden_size=96,
+    num_attention_heads=6,
+    num_query_groups=2,
+    head_dim=24,
+    ffn_hidden_size=200,
+    seq_length=64,
+    vocab_size=512,
+    tie_embeddings=False,
+)
+
+
+def test_paper_runs() -> None:
+    # arXiv 2411.13010's reference repository; the figures are derived by hand from its yaml files
+    small = plan(load_recipe("llama-1.1b-xielu"), 88)
+    assert small.parameters == 1_132_537_392
+    assert small.parameters_without_embeddings == 906_044_976
+    assert small.alphas == 48
+    assert small.micro_batches_per_step == 1
+    assert small.tokens_per_step == 1_802_240
+    assert small.tokens == 126_156_800_000
+    assert [f"{flops / 1e9:.3f}" for flops in _flops(small)] == ["6.795", "7.701", "8.607"]
+
+    large = plan(load_recipe("llama-3b-xielu"), 256)
+    assert large.parameters == 3_020_048_456
+    assert large.parameters_without_embeddings == 2_416_068_680
+    assert large.alphas == 72
+    assert large.data_parallel_size == 128
+    assert large.tokens_per_step == 2_621_440
+    assert large.tokens == 125_829_120_000
+    assert [f"{flops / 1e9:.3f}" for flops in _flops(large)] == ["16.307", "18.119", "19.931"]
+    # 18.119e9 x 125.83e9 / (0.4 x 989.4e12 x 3600)
+    assert large.h100_hours == pytest.approx(1600.3, abs=0.05)
+
+
+def _flops(result: Any) -> tuple[int, int, int]:
+    return (
+        result.flops_per_token_matmul,
+        result.flops_per_token_causal,
+        result.flops_per_token_full,
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [SMALL, GROUPED] + [load_recipe(name).model for name in ("llama-1.1b-xielu", "llama-3b-xielu")],
+    ids=["small", "grouped", "1.1b", "3b"],
+)
+def test_parameters_are_those_of_transformers_arcee(model: Model) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ArceeConfig(**_hugging_face(model))
+    assert _count_on_meta(transformers.ArceeForCausalLM, config) == count_parameters(model)
+
+
+def test_parameters_with_qk_norm_are_those_of_transformers_apertus() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = Model(**{**vars(GROUPED), "qk_layernorm": True, "head_dim": None})
+    config = transformers.ApertusConfig(**_hugging_face(model))
+    assert _count_on_meta(transformers.ApertusForCausalLM, config) == count_parameters(model)
+
+
+def _hugging_face(model: Model) -> dict[str, Any]:
+    return {
+        "hidden_act": "xielu",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": num_query_groups(model),
+        "head_dim": head_dim(model),
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.tie_embeddings,
+        # token ids of the defaults lie outside a small vocabulary
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+
+
+def _count_on_meta(model_class: Any, config: Any) -> int:
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_class(config).parameters())
+
+
+@pytest.mark.parametrize("model", [SMALL, GROUPED, load_recipe("llama-3b-xielu").model])
+def test_default_flops_are_what_megatron_reports(model: Model) -> None:
+    training = pytest.importorskip("megatron.training.training")
+    arguments = pytest.importorskip("megatron.training.arguments")
+    args = arguments.add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
+    args.num_layers, args.hidden_size = model.num_layers, model.hidden_size
+    args.num_attention_heads, args.kv_channels = model.num_attention_heads, head_dim(model)
+    args.group_query_attention, args.num_query_groups = True, num_query_groups(model)
+    args.ffn_hidden_size, args.padded_vocab_size = model.ffn_hidden_size, model.vocab_size
+    args.seq_length = model.seq_length
+    reported = training.num_floating_point_operations(args, 1) / model.seq_length
+    assert flops_per_token(model) == reported
+
+
+def test_matmul_flops_are_six_per_weight_and_attention_is_twelve() -> None:
+    # 3 layers of 4 x 64 x 64 attention and 2 x 64 x 192 MLP weights, and 1000 x 64 logits
+    weights = 3 * (4 * 64 * 64 + 2 * 64 * 192) + 1000 * 64
+    scores = 12 * 3 * 64 * 32
+    assert flops_per_token(SMALL, attention="none") == 6 * weights
+    assert flops_per_token(SMALL, attention="causal") == 6 * weights + scores // 2
+    assert flops_per_token(SMALL, attention="full") == 6 * weights + scores
+
+
+def test_memory_counts_the_bytes_of_each_kind() -> None:
+    # 88 ranks, micro-batch 5 x 4096 tokens, 1.13e9 parameters on each rank
+    memory = plan(load_recipe("llama-1.1b-xielu"), 88).memory
+    parameters, tokens = 1_132_537_392, 5 * 4096
+    assert memory.weights == 2 * parameters
+    assert memory.gradients == 4 * parameters
+    assert memory.optimizer == pytest.approx(12 * parameters / 88)
+    # norms 4 x 1536, attention 4 x 1536, xIELU 2 x 9216, of 2 bytes, in 24 layers
+    assert memory.activations == 24 * tokens * (8 * 1536 + 2 * 9216) * 2
+    assert memory.logits == tokens * 147456 * (2 + 4)
+    parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits]
+    assert memory.total == sum(parts)
+
+    whole = plan(
+        load_recipe("llama-1.1b-xielu", ["parallel.use_distributed_optimizer=false"]), 88
+    ).memory
+    assert whole.optimizer == 12 * parameters
+    assert whole.activations == memory.activations
+    fp32 = plan(load_recipe("llama-1.1b-xielu", ["training.precision=fp32"]), 1).memory
+    assert fp32.weights == 4 * parameters
+    assert fp32.optimizer == 8 * parameters
+    assert fp32.activations == 2 * memory.activations
+    assert fp32.logits == tokens * 147456 * 4
+
+
+def test_memory_is_cut_by_the_layout() -> None:
+    def memory(*overrides: str, world_size: int) -> Any:
+        recipe = load_recipe("llama-3b-xielu", overrides)
+        return estimate_memory(recipe, world_size)
+
+    one = memory("parallel.tensor_model_parallel_size=1", world_size=1)
+    # tensor and sequence parallelism halve everything but the norms
+    two = memory(world_size=2)
+    assert two.activations == one.activations / 2
+    assert two.logits == one.logits / 2
+    assert two.weights == pytest.approx(one.weights / 2, rel=1e-4)
+    without_sp = memory("parallel.sequence_parallel=false", world_size=2)
+    assert two.activations < without_sp.activations < one.activations
+    # four stages of a quarter of the layers, each holding four micro-batches; one of two tables
+    staged = memory("parallel.pipeline_model_parallel_size=4", world_size=8)
+    assert staged.activations == pytest.approx(two.activations)
+    blocks, table = 2_416_068_680 / 2, 147456 * 2048 / 2
+    assert staged.weights == pytest.approx(2 * (blocks / 4 + table), rel=1e-3)
+    # local attention keeps its probabilities
+    local = memory("model.transformer_impl=local", world_size=2)
+    assert local.activations - two.activations == 36 * 5 * 4096 * (16 * 4096 / 2) * 2
+
+
+def test_plan_refuses_what_cannot_run() -> None:
+    with pytest.raises(RecipeError, match="nearest legal: 400, 480"):
+        plan(load_recipe("llama-1.1b-xielu"), 16)
+    with pytest.raises(UserError, match=r"model\.vocab_size is null.*model\.vocab_size=4096"):
+        plan(load_recipe("tiny"), 2)
+
+
+def test_format_is_aligned_and_complete() -> None:
+    text = format_plan(plan(load_recipe("llama-1.1b-xielu"), 88))
+    print(text)
+    rows = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len({len(row) for row in rows}) == 1
+    for figure in ("1,132,537,392", "906,044,976", "126,156,800,000", "7,700,742,144", "1,802,240"):
+        assert figure in text
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA GH200 120GB", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops(device: str, expected: float | None) -> None:
+    assert peak_flops(device) == expected
+    assert expected is None or expected in PEAK_FLOPS.values()

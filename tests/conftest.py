@@ -1,0 +1,49 @@
+"""What several test files need: a small data folder and a small recipe."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+
+from megatron_xielu.recipes import Recipe, load_recipe
+
+# a model that trains five steps in a second; each number differs from the others where it can, so
+# that a mix-up of dimensions shows
+SMALL = (
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.num_attention_heads=8",
+    "model.num_query_groups=4",
+    "model.ffn_hidden_size=192",
+    "model.seq_length=32",
+    "parallel.tensor_model_parallel_size=1",
+    "training.train_iters=5",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "schedule.lr_warmup_iters=1",
+    "schedule.lr_wsd_decay_iters=2",
+    "logging.log_interval=1",
+    "logging.eval_interval=5",
+    "logging.eval_iters=1",
+    "checkpoint.save_interval=5",
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of about 40,000 tokens of English with 512 ids."""
+    prepare = pytest.importorskip("megatron_xielu.data.prepare").prepare
+    folder = tmp_path_factory.mktemp("corpus")
+    topics = list(pydoc_data.topics.topics.values())
+    for index, text in enumerate(topics[:40]):
+        (folder / f"{index}.txt").write_text(text)
+    return prepare(folder / "data", inputs=sorted(folder.glob("*.txt")), vocab_size=512).path
+
+
+@pytest.fixture(scope="session")
+def small_recipe(data_dir: Path) -> Recipe:
+    """`tiny`, made smaller still, on `data_dir`."""
+    overrides = (*SMALL, f"data.path={data_dir}", "model.vocab_size=512")
+    return load_recipe("tiny", overrides)

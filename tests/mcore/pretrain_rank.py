@@ -1,0 +1,95 @@
+"""One rank of a pretraining run; writes what it saw as JSON.
+
+pretrain_rank.py RECIPE RUN_DIR OUT [--fault NAME] [-- MEGATRON FLAGS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_xielu.recipes import load_recipe, megatron_args
+
+
+class Recorder:
+    """A listener that keeps everything."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.valid: list[dict[str, Any]] = []
+
+    def step(self, **numbers: Any) -> None:
+        self.steps.append(numbers)
+
+    def validation(self, **numbers: Any) -> None:
+        self.valid.append(numbers)
+
+
+def main() -> None:
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--fault")
+    args = parser.parse_args(sys.argv[1:split])
+    recipe = load_recipe(args.recipe)
+    argv = megatron_args(
+        recipe,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        device="cpu",
+        run_dir=args.run_dir,
+        precision="bf16" if recipe.training.precision == "bf16" else "fp32",
+        transformer_impl="local",
+    )
+
+    import megatron_xielu.mcore.activation as activation
+    import megatron_xielu.mcore.pretrain as pretrain
+
+    if args.fault:
+        plant(args.fault, activation)
+    chunks: list[Any] = []
+    install = pretrain.install_on_chunks
+    pretrain.install_on_chunks = lambda built: chunks.extend(built) or install(built)
+    recorder = Recorder()
+    pretrain.pretrain(
+        [*argv, *sys.argv[split + 1 :]],
+        activation.XIELUPlaceholder(beta=recipe.xielu.beta, impl=recipe.xielu.impl),
+        recorder,
+        alpha_lr_mult=recipe.xielu.lr_mult,
+    )
+    alphas = {
+        number: [
+            float(module.alpha_p).hex(),
+            float(module.alpha_n).hex(),
+            str(module.alpha_p.dtype),
+        ]
+        for chunk in chunks
+        for number, module in activation.installed_activations(chunk).items()
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    seen = {"steps": recorder.steps, "valid": recorder.valid, "alphas": alphas}
+    (args.out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+def plant(fault: str, activation: Any) -> None:
+    """Break one thing on purpose, so that a test shows that it would notice."""
+    build = activation._build
+
+    def broken(mlp: Any) -> Any:
+        module = build(mlp)
+        if fault == "no-sum":
+            module.sum_in_backward = False
+            for alpha in (module.alpha_p, module.alpha_n):
+                alpha.sequence_parallel = False
+        return module
+
+    activation._build = broken
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Real gloo ranks for tests: start a program once per rank and wait for all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_ranks(program: Path, arguments: Sequence[str], nproc: int, timeout: float = 300) -> None:
+    """Run `python PROGRAM ARGUMENTS` as `nproc` ranks; a failing rank's output is the error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), *arguments],
+            env=environment(
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE=nproc,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(nproc)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} of {nproc}:\n{output[-4000:]}"
+
+
+def environment(**variables: object) -> dict[str, str]:
+    """This process's environment with one thread per rank and no GPU."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        # asserted by Megatron under tensor parallelism
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        **{name: str(value) for name, value in variables.items()},
+    }

@@ -1,0 +1,82 @@
+"""The module: its parameters stay exact whatever wraps it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from megatron_xielu import XIELU, xielu
+
+
+def test_initial_values_are_exact() -> None:
+    a_p, a_n = XIELU().effective_alphas()
+    assert float(a_p) == pytest.approx(0.8, abs=1e-7)
+    assert float(a_n) == pytest.approx(0.8, abs=1e-7)
+    a_p, a_n = XIELU(alpha_p_init=1.5, alpha_n_init=0.9, beta=0.25).effective_alphas()
+    assert (float(a_p), float(a_n)) == (pytest.approx(1.5), pytest.approx(0.9))
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+def test_a_shorter_type_leaves_the_alphas_alone(cast: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), XIELU())
+    before = copy.deepcopy(model[1].state_dict())
+    parameters = list(model[1].parameters())
+    getattr(model, cast)()
+    assert model[0].weight.dtype in (torch.bfloat16, torch.float16)
+    for name, value in model[1].state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
+    # optimizers hold on to the parameter objects
+    assert all(a is b for a, b in zip(parameters, model[1].parameters(), strict=True))
+
+
+def test_a_longer_type_is_followed() -> None:
+    assert XIELU().double().alpha_p.dtype == torch.float64
+
+
+def test_meta_device_construction_and_materialization() -> None:
+    with torch.device("meta"):
+        module = XIELU(alpha_p_init=1.25)
+    module.bfloat16().to_empty(device="cpu")
+    module.reset_parameters()
+    assert module.alpha_p.dtype == torch.float32
+    assert float(module.effective_alphas()[0]) == pytest.approx(1.25)
+
+
+def test_state_dict_and_shapes() -> None:
+    state = XIELU().state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        "alpha_p": (1,),
+        "alpha_n": (1,),
+    }
+
+
+def test_forward_is_the_function_and_trains_both_alphas() -> None:
+    module = XIELU(beta=0.4)
+    x = torch.randn(16, 8, requires_grad=True)
+    y = module(x)
+    assert torch.equal(y, xielu(x, module.alpha_p, module.alpha_n, beta=0.4))
+    y.square().sum().backward()
+    for alpha in module.parameters():
+        assert alpha.grad is not None
+        assert float(alpha.grad) != 0
+
+
+def test_repr_says_what_it_is() -> None:
+    text = "XIELU(alpha_p_init=0.8, alpha_n_init=0.8, beta=0.5, impl=auto)"
+    assert repr(XIELU()) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha_p_init": 0.0}, "alpha_p_init=0.0 must be > 0"),
+        ({"alpha_n_init": 0.5}, "alpha_n_init=0.5 must be > beta=0.5"),
+        ({"beta": -1.0}, "beta=-1.0 > 0"),
+    ],
+)
+def test_impossible_values_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        XIELU(**settings)
