@@ -1,0 +1,48 @@
+"""What the trained model itself answers: Megatron's logits, from a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_xielu.checkpoint.run import RunCheckpoint
+
+_LINES_SHOWN = 15
+
+
+def megatron_logits(run: RunCheckpoint) -> Callable[[list[list[int]]], list[Tensor]]:
+    """A function from prompts to fp32 logits [tokens, padded vocabulary] of a run's checkpoint.
+
+    It runs on the CPU whatever the machine has, in exact fp32, and needs Megatron-Core.
+
+    Raises:
+        RuntimeError: from the returned function, when the process fails; the message has its end.
+    """
+
+    def logits(prompts: list[list[int]]) -> list[Tensor]:
+        with tempfile.TemporaryDirectory() as folder:
+            asked, answer = Path(folder, "prompts.json"), Path(folder, "logits.pt")
+            asked.write_text(json.dumps(prompts))
+            recipe = run.run_dir / "recipe.yaml"
+            program = [sys.executable, "-m", "megatron_xielu.mcore.evaluate"]
+            done = subprocess.run(
+                [*program, str(run.path), str(recipe), str(asked), str(answer)],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                end = "\n".join(done.stderr.splitlines()[-_LINES_SHOWN:])
+                raise RuntimeError(f"Megatron could not evaluate {run.path}:\n{end}")
+            tensors: list[Tensor] = torch.load(answer, weights_only=True)
+            return tensors
+
+    return logits

@@ -1,0 +1,118 @@
+"""Checkpoints of Megatron models, written once per session by one and by two gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_layouts import LAYOUTS, recipe_of
+from write_checkpoint import Job
+
+from megatron_xielu.recipes import to_yaml
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that more threads only wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run folder of each layout; not to be changed."""
+    root = tmp_path_factory.mktemp("runs")
+    jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for name, (_, parallel, options) in LAYOUTS.items():
+        (root / name).mkdir()
+        (root / name / "recipe.yaml").write_text(to_yaml(recipe_of(name)))
+        size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        jobs[size].append(asdict(Job(run_dir=str(root / name), **options)))
+    for world_size, batch in jobs.items():
+        (root / f"jobs{world_size}.json").write_text(json.dumps(batch))
+        _launch(root / f"jobs{world_size}.json", world_size)
+    return {name: root / name for name in LAYOUTS}
+
+
+@pytest.fixture
+def copy_run(runs: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Copies a run folder, to damage it."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(runs[name], tmp_path / name))
+
+    return copy
+
+
+def _launch(jobs: Path, world_size: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = Path(__file__).parents[2]
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(Path(__file__).parent / "write_checkpoint.py"),
+                jobs,
+            ],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+                # Megatron refuses tensor parallelism without it
+                "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+                "PYTHONPATH": str(root),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process in ranks:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 320 tokens with <eos> = 0, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([Path(__file__).read_text()], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder)
+    return folder

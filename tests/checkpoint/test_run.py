@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoint_layouts import recipe_of
+
+from megatron_xielu.checkpoint.run import _expected_arguments, check_arguments, open_run
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+from megatron_xielu.errors import UserError
+from megatron_xielu.recipes import Recipe, to_yaml
+from megatron_xielu.recipes.schema import Data
+
+
+def test_run_checkpoints_and_step_folder_are_one_thing(runs: dict[str, Path]) -> None:
+    run = runs["gqa"]
+    step = run / "checkpoints" / "iter_0000200"
+    opened = [open_run(path) for path in (run, run / "checkpoints", step)]
+    assert opened[0] == opened[1] == opened[2]
+    assert (opened[0].path, opened[0].iteration) == (step, 200)
+    assert opened[0].recipe == recipe_of("gqa")
+    assert opened[0].tokenizer is None
+
+
+def test_latest_step_by_the_tracker_and_any_by_name(copy_run: Callable[[str], Path]) -> None:
+    folder = copy_run("gqa") / "checkpoints"
+    shutil.copytree(folder / "iter_0000200", folder / "iter_0000400")
+    assert open_run(folder.parent).iteration == 200
+    assert open_run(folder / "iter_0000400").iteration == 400
+
+
+def test_tokenizer_of_the_runs_data(
+    copy_run: Callable[[str], Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    run = copy_run("gqa")
+    data = tmp_path / "data"
+    shutil.copytree(tokenizer, data / "tokenizer")
+    recipe = replace(recipe_of("gqa"), data=Data(path=str(data)))
+    (run / "recipe.yaml").write_text(to_yaml(recipe))
+    assert open_run(run).tokenizer == data / "tokenizer"
+    shutil.rmtree(data)
+    assert open_run(run).tokenizer is None
+
+
+def test_nothing_saved_yet(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no checkpoint yet: neither it nor its checkpoints/"):
+        open_run(tmp_path)
+
+
+def test_tracker_without_its_step(copy_run: Callable[[str], Path]) -> None:
+    folder = copy_run("gqa") / "checkpoints"
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker.write_text("300")
+    with pytest.raises(UserError, match=r"iter_0000300 does not exist; saved there: iter_0000200"):
+        open_run(folder)
+    tracker.write_text("release")
+    with pytest.raises(UserError, match=r"says 'release', not a step number; saved there: iter_"):
+        open_run(folder)
+
+
+def test_no_recipe(copy_run: Callable[[str], Path]) -> None:
+    run = copy_run("gqa")
+    (run / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"No recipe\.yaml beside .*iter_0000200 .*rope_theta"):
+        open_run(run)
+
+
+def with_model(**change: object) -> Recipe:
+    recipe = recipe_of("gqa")
+    return replace(recipe, model=replace(recipe.model, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"rope_theta": 10_000.0}, r"rotary_base: 5000 in the checkpoint, 10000\.0 by the recipe"),
+        ({"norm_epsilon": 1e-6}, r"layernorm_epsilon: 1e-05 in the checkpoint, 1e-06"),
+        ({"num_query_groups": 4}, r"num_query_groups: 2 in the checkpoint, 4"),
+    ],
+)
+def test_an_edited_recipe_is_caught(
+    runs: dict[str, Path], change: dict[str, object], line: str
+) -> None:
+    reader = TorchDistReader(runs["gqa"] / "checkpoints" / "iter_0000200")
+    check_arguments(reader, recipe_of("gqa"))
+    with pytest.raises(UserError, match=line):
+        check_arguments(reader, with_model(**change))
+
+
+def test_every_checked_argument_is_one_of_megatrons(runs: dict[str, Path]) -> None:
+    # a renamed argument would otherwise pass unchecked
+    for layout in ("gqa", "mha-tied-pp2"):
+        reader = TorchDistReader(runs[layout] / "checkpoints" / "iter_0000200")
+        args = reader.common_state()["args"]
+        names = _expected_arguments(recipe_of(layout), args)
+        assert not [name for name in names if not hasattr(args, name)]

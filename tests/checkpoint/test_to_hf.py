@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_layouts import LAYOUTS, recipe_of
+from safetensors.torch import load_file
+from write_checkpoint import weight_of
+
+from megatron_xielu.checkpoint.to_hf import MANIFEST, convert_to_hf
+from megatron_xielu.errors import UserError
+from megatron_xielu.recipes import Recipe, to_yaml
+from megatron_xielu.recipes.schema import Xielu
+
+
+def convert(run: Path, out: Path, **options: object) -> dict[str, torch.Tensor]:
+    convert_to_hf(run, out, progress=lambda line: None, **options)  # type: ignore[arg-type]
+    tensors: dict[str, torch.Tensor] = {}
+    for file in out.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def test_all_layouts_of_one_model_give_the_same_export(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    for same in (["gqa", "gqa-tp2"], ["mha-tied-per-layer", "mha-tied-pp2"]):
+        first, *others = [convert(runs[name], tmp_path / name) for name in same]
+        for other in others:
+            assert first.keys() == other.keys()
+            assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_values_and_types(runs: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
+    tensors = convert(runs["gqa"], tmp_path / "out", tokenizer=tokenizer)
+    embedding = weight_of("embedding.word_embeddings.weight", (384, 64))
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding[:320])
+    alpha_p = weight_of("decoder.layers.mlp.activation_func.alpha_p", (4, 1))
+    qkv = weight_of("decoder.layers.self_attention.linear_qkv.weight", (4, 128, 64))
+    for i in range(4):
+        act = f"model.layers.{i}.mlp.act_fn."
+        assert torch.equal(tensors[act + "alpha_p"], alpha_p[i])
+        assert tensors[act + "alpha_p"].dtype == torch.float32
+        assert (tensors[act + "beta"].shape, tensors[act + "beta"].item()) == ((), 0.5)
+        assert tensors[act + "eps"].item() == pytest.approx(-1e-6)
+        # the second group's key: behind q0 q1 k0 v0 q2 q3, each of 16 rows
+        k_proj = tensors[f"model.layers.{i}.self_attn.k_proj.weight"]
+        assert torch.equal(k_proj[16:], qkv[i, 6 * 16 : 7 * 16])
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "expected"),
+    [
+        ("gqa", "auto", torch.float32),
+        ("gqa", "bf16", torch.bfloat16),
+        ("bf16", "auto", torch.bfloat16),
+        ("bf16", "fp32", torch.float32),
+    ],
+)
+def test_dtype(
+    runs: dict[str, Path], tmp_path: Path, layout: str, dtype: str, expected: torch.dtype
+) -> None:
+    tensors = convert(runs[layout], tmp_path / "out", dtype=dtype)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == (torch.float32 if ".act_fn." in name else expected), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == str(expected).removeprefix("torch.")
+
+
+def test_config(runs: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
+    convert(runs["mha-tied-pp2"], tmp_path / "out", tokenizer=tokenizer)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {
+        "architectures": ["ArceeForCausalLM"],
+        "hidden_act": "xielu",
+        "vocab_size": 320,
+        "head_dim": 24,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "rope_theta": 5000.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    assert {key: config[key] for key in expected} == expected
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 0
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tokenizer / file).read_bytes()
+
+
+def test_tied_embeddings_are_written_once(runs: dict[str, Path], tmp_path: Path) -> None:
+    tensors = convert(runs["mha-tied-pp2"], tmp_path / "out")
+    assert "lm_head.weight" not in tensors
+    assert tensors["model.embed_tokens.weight"].shape == (384, 64)
+
+
+def test_large_models_are_split(runs: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    whole = convert(runs["gqa"], tmp_path / "whole")
+    lines: list[str] = []
+    out = tmp_path / "split"
+    export = convert_to_hf(runs["gqa"], out, max_shard_bytes=150_000, progress=lines.append)
+    files = sorted(out.glob("*.safetensors"))
+    print(*lines, sep="\n")
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    stored = {name: file.name for file in files for name in load_file(file)}
+    assert index["weight_map"] == stored
+    sizes = [sum(t.nbytes for t in load_file(file).values()) for file in files]
+    assert index["metadata"]["total_size"] == sum(sizes) == export.num_bytes
+    assert max(sizes) <= 150_000
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        if ".act_fn." not in name:
+            assert torch.equal(tensor, whole[name]), name
+
+
+def test_files_are_as_readable_as_any_other(runs: dict[str, Path], tmp_path: Path) -> None:
+    convert(runs["gqa"], tmp_path / "out")
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
+def test_an_earlier_export_is_replaced(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(runs["gqa"], out)
+    (out / "left.over").touch()
+    convert(runs["mha-tied-pp2"], out)
+    assert not (out / "left.over").exists()
+    assert json.loads((out / MANIFEST).read_text())["recipe"] == "mha-tied-pp2"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_anything_else_is_left_alone(runs: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+        (out / "thesis.tex").touch()
+    else:
+        out.write_text("thesis")
+    with pytest.raises(UserError, match=r"out exists and is not an export of this program"):
+        convert(runs["gqa"], out)
+    assert out.exists()
+
+
+def test_a_full_disk_leaves_the_earlier_export(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(runs["gqa"], out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from megatron_xielu.checkpoint.to_hf import convert_to_hf\n"
+        "from megatron_xielu.errors import UserError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        f"    convert_to_hf(Path({str(runs['mha-tied-pp2'])!r}), Path({str(out)!r}))\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    print(done.stdout)
+    assert "could not be written" in done.stdout
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_truncated_checkpoint_writes_nothing(
+    copy_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = copy_run("gqa-tp2")
+    file = run / "checkpoints" / "iter_0000200" / "__1_0.distcp"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"__1_0\.distcp is cut short"):
+        convert(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["gqa-tp2"]
+
+
+def test_needs_neither_megatron_nor_transformers(runs: dict[str, Path], tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "sys.modules['megatron'] = sys.modules['transformers'] = None\n"
+        "from megatron_xielu.checkpoint.to_hf import convert_to_hf\n"
+        f"convert_to_hf(Path({str(runs['gqa-tp2'])!r}), Path({str(tmp_path / 'out')!r}))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def with_recipe(run: Path, recipe: Recipe) -> Path:
+    (run / "recipe.yaml").write_text(to_yaml(recipe))
+    return run
+
+
+def test_what_arcee_cannot_hold_is_refused_with_every_reason(
+    copy_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of("gqa")
+    model = replace(recipe.model, qk_layernorm=True, hidden_size=66, head_dim=16)
+    run = with_recipe(copy_run("gqa"), replace(recipe, model=model, xielu=Xielu(beta=0.4)))
+    with pytest.raises(UserError) as error:
+        convert(run, tmp_path / "out")
+    for reason in ("beta=0.4", "Arcee has no QK-norm", "66 is no multiple of"):
+        assert reason in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_edited_after_training_is_refused(
+    copy_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of("gqa")
+    model = replace(recipe.model, rope_theta=1e6)
+    run = with_recipe(copy_run("gqa"), replace(recipe, model=model))
+    with pytest.raises(UserError, match=r"rotary_base: 5000 in the checkpoint"):
+        convert(run, tmp_path / "out")
+
+
+def test_bad_arguments(
+    copy_run: Callable[[str], Path], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"dtype 'fp16' is none of auto, fp32, bf16"):
+        convert(runs["gqa"], tmp_path / "out", dtype="fp16")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is not a Hugging Face tokenizer folder"):
+        convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "empty")
+    recipe = recipe_of("gqa")
+    run = with_recipe(
+        copy_run("gqa"), replace(recipe, model=replace(recipe.model, vocab_size=None))
+    )
+    with pytest.raises(UserError, match=r"vocabulary's size is unknown"):
+        convert(run, tmp_path / "out")
+    shutil.rmtree(tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gqa"]
+
+
+def test_model_card(copy_run: Callable[[str], Path], tokenizer: Path, tmp_path: Path) -> None:
+    run = copy_run("gqa")
+    records = [
+        {"type": "train", "step": 190, "loss": 2.5},
+        {"type": "valid", "step": 200, "loss": 2.25},
+        {"type": "train", "step": 200, "loss": 2.125},
+        {"type": "train", "step": 210, "loss": 1.0},
+    ]
+    lines = [json.dumps(record) for record in records]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"type": "tra']))
+    tensors = convert(run, tmp_path / "out", tokenizer=tokenizer)
+    card = (tmp_path / "out" / "README.md").read_text()
+    parameters = sum(tensor.numel() for tensor in tensors.values() if tensor.dim())
+    assert f"| parameters | {parameters:,} (fp32;" in card
+    # 200 steps of 8 sequences of 32 tokens
+    assert "| trained on | 51,200 tokens in 200 steps |" in card
+    assert "| training loss | 2.1250 nats per token at step 200 |" in card
+    assert "| validation loss | 2.2500 nats per token at step 200 |" in card
+    assert "--model-impl transformers" in card
+    assert to_yaml(recipe_of("gqa")).rstrip() in card
+
+
+def test_every_layout_is_covered() -> None:
+    assert {parallel.tensor_model_parallel_size for _, parallel, _ in LAYOUTS.values()} == {1, 2}
