@@ -19,7 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # argparse would swallow the separator
     split = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:split])
+    parser = _parser()
+    args, rest = parser.parse_known_args(words[:split])
+    # argparse wants positional words in one piece; overrides may stand between options
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     args.megatron_flags = tuple(words[split + 1 :])
     try:
         return int(args.run(args) or 0)

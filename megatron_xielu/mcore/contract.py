@@ -119,7 +119,7 @@ SEAMS = (
     ),
     Seam(
         f"{_LOOP}.get_megatron_optimizer_config",
-        "gets the alphas' learning rate added",
+        "gets a parameter group for the alphas",
         "args",
     ),
     Seam(
@@ -134,7 +134,21 @@ SEAMS = (
         "loss_dict total_loss_dict learning_rate iteration loss_scale "
         "report_memory_flag skipped_iter grad_norm",
     ),
-    Seam(f"{_LOOP}.evaluate", "is wrapped for the held-out loss", "forward_step_func"),
+    Seam(
+        f"{_LOOP}.evaluate",
+        "is wrapped for the held-out loss",
+        "forward_step_func data_iterator",
+    ),
+    Seam(
+        f"{_LOOP}.build_train_valid_test_data_loaders",
+        "reads consumed_valid_samples after the dataset provider has reset it",
+        source="build_pretraining_data_loader(valid_d, args.consumed_valid_samples)",
+    ),
+    Seam(
+        "megatron.training.datasets.data_samplers.build_pretraining_data_loader",
+        "serves each evaluation from the first sample",
+        "dataset consumed_samples",
+    ),
     Seam(
         f"{_LOOP}.evaluate_and_print_results",
         "is wrapped for the held-out loss",

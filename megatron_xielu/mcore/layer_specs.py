@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_xielu.mcore import patches
 from megatron_xielu.mcore.activation import XIELUPlaceholder, install
 from megatron_xielu.mcore.attention import SDPAttention
 from megatron_xielu.mcore.norm import RMSNorm
@@ -33,6 +34,7 @@ def xielu_layer_spec(
         vp_stage: virtual pipeline stage.
     """
     use_xielu(config.transformer)
+    patches.group_alphas()
     spec = default_layer_spec(config, vp_stage)
     layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
     # a spec object stands for many layers, so each is edited once

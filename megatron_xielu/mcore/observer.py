@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_xielu.mcore import patches
 from megatron_xielu.mcore.activation import installed_activations
+from megatron_xielu.mcore.datasets import Datasets
 
 LOSS = "lm loss"
 
@@ -42,11 +43,13 @@ class Observer:
 
     Args:
         listener: called on the last rank alone, every `log_interval` steps and at evaluations.
+        datasets: the run's dataset provider.
         evaluate_first: also evaluate before the first step of a new run.
     """
 
-    def __init__(self, listener: Listener, *, evaluate_first: bool) -> None:
+    def __init__(self, listener: Listener, datasets: Datasets, *, evaluate_first: bool) -> None:
         self.listener = listener
+        self.datasets = datasets
         self.evaluate_first = evaluate_first
         self.model: Sequence[nn.Module] = ()
         self._losses: list[torch.Tensor] = []
@@ -99,8 +102,9 @@ class Observer:
         return observed
 
     def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            losses, *rest = evaluate(*args, **kwargs)
+        def observed(forward_step: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+            data = self.datasets.from_the_first(data)
+            losses, *rest = evaluate(forward_step, data, *args, **kwargs)
             if LOSS in losses:
                 self._valid_loss = float(losses[LOSS])
             return losses, *rest

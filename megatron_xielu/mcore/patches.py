@@ -19,6 +19,7 @@ import megatron.core.optimizer.distrib_optimizer
 import megatron.training.training
 from megatron.core.optimizer import ParamKey
 
+from megatron_xielu.errors import UserError
 from megatron_xielu.mcore.adamw import GroupStepAdamW
 
 
@@ -54,23 +55,42 @@ def use_group_step_adamw() -> None:
         megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE = True
 
 
-def scale_alpha_learning_rate(multiplier: float) -> None:
-    """Train the alphas at `multiplier` times the learning rate of everything else.
+def group_alphas(lr_mult: float | None = None) -> None:
+    """Give the alphas an optimizer parameter group of their own, and a learning rate.
 
     `megatron.training.training.get_megatron_optimizer_config` is where Megatron decides on
-    per-parameter overrides, without a place to add one.
+    per-parameter overrides, without a place to add one. The group matters at any rate: Megatron's
+    distributed optimizer puts the fp32 parameters of a group first and later indexes them in their
+    old order, so fp32 alphas among bf16 norms would break its checkpoints.
+
+    Args:
+        lr_mult: learning rate relative to the other parameters; None leaves what was set before,
+            which is 1 at first.
     """
     training = megatron.training.training
     build = _unwrapped(training.get_megatron_optimizer_config)
+    if lr_mult is None and build is not training.get_megatron_optimizer_config:
+        return
+    multiplier = 1.0 if lr_mult is None else lr_mult
 
     @functools.wraps(build)
-    def with_alpha_override(args: Any) -> tuple[Any, dict[Any, Any]]:
+    def with_alphas(args: Any) -> tuple[Any, dict[Any, Any]]:
+        _check_optimizer_can_save(args)
         config, overrides = build(args)
         alphas = ParamKey(name="*.activation_func.alpha_*")
         rates = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
         return config, {**(overrides or {}), alphas: rates}
 
-    training.get_megatron_optimizer_config = with_alpha_override
+    training.get_megatron_optimizer_config = with_alphas
+
+
+def _check_optimizer_can_save(args: Any) -> None:
+    sharded = args.use_distributed_optimizer or args.use_megatron_fsdp or args.use_torch_fsdp2
+    if (args.bf16 or args.fp16) and not sharded:
+        raise UserError(
+            "xIELU's alphas stay fp32 in a bf16 or fp16 model, and Megatron's plain optimizer "
+            "cannot save such a mixture: add --use-distributed-optimizer"
+        )
 
 
 def wrap_training(

@@ -8,21 +8,19 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.training import pretrain as megatron_pretrain
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_xielu.mcore import contract, cpu_platform, patches
 from megatron_xielu.mcore.activation import XIELUPlaceholder
+from megatron_xielu.mcore.datasets import Datasets
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer
 
@@ -52,8 +50,7 @@ def pretrain(
     cpu_platform.enable()
     patches.skip_dataset_helper_build()
     patches.use_group_step_adamw()
-    if alpha_lr_mult != 1.0:
-        patches.scale_alpha_learning_rate(alpha_lr_mult)
+    patches.group_alphas(alpha_lr_mult)
     with patches.command_line(argv):
         args = parse_and_validate_args()
     model = gpt_config_from_args(args)
@@ -61,10 +58,11 @@ def pretrain(
     # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
     model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
     model.pre_wrap_hooks.append(install_on_chunks)
-    Observer(listener, evaluate_first=evaluate_first).attach()
+    datasets = Datasets()
+    Observer(listener, datasets, evaluate_first=evaluate_first).attach()
     megatron_pretrain(
         pretrain_cfg_container_from_args(args, model),
-        build_datasets,
+        datasets,
         ModelType.encoder_or_decoder,
         forward_step,
     )
@@ -137,37 +135,3 @@ def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-
-
-def build_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
-    """Train, validation and test datasets; test is None unless flags ask for it."""
-    args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-    )
-
-    def built_here() -> bool:
-        return (
-            is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
-        )
-
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, built_here, config).build()
-
-
-# every rank calls the builder, which has collectives of its own
-build_datasets.is_distributed = True  # type: ignore[attr-defined]

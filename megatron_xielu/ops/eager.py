@@ -19,7 +19,7 @@ class EagerXIELU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float
-    ) -> Tensor:  # type: ignore[override]
+    ) -> Tensor:
         ctx.save_for_backward(x, alpha_p, alpha_n)
         ctx.beta = beta  # type: ignore[attr-defined]
         dtype = compute_dtype(x.dtype)
@@ -33,7 +33,7 @@ class EagerXIELU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha_p, alpha_n = ctx.saved_tensors  # type: ignore[attr-defined]
         beta = ctx.beta  # type: ignore[attr-defined]
         dtype = compute_dtype(x.dtype)

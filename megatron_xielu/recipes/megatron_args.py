@@ -146,7 +146,7 @@ def _checkpoint(recipe: Recipe, run_dir: Path) -> Flags:
 
 
 def _logging(recipe: Recipe, run_dir: Path) -> Flags:
-    eval_iters = recipe.logging.eval_iters
+    assert recipe.logging.eval_iters is not None, "resolve logging.eval_iters from the data first"
     return {
         "--log-interval": recipe.logging.log_interval,
         # the curves of TensorBoard have the same points as metrics.jsonl
@@ -154,9 +154,7 @@ def _logging(recipe: Recipe, run_dir: Path) -> Flags:
         "--log-throughput": True,
         "--log-timers-to-tensorboard": True,
         "--eval-interval": recipe.logging.eval_interval,
-        "--full-validation": eval_iters is None,
-        # upstream wants a number, which full validation replaces by the set's size
-        "--eval-iters": 1 if eval_iters is None else eval_iters,
+        "--eval-iters": recipe.logging.eval_iters,
         "--tensorboard-dir": run_dir / "tensorboard",
     }
 

@@ -117,7 +117,7 @@ class Logging:
     log_interval: int = 10
     eval_interval: int = 1000
     eval_iters: int | None = 10
-    """Global batches of an evaluation; 0 for none, None for the whole validation set each time."""
+    """Global batches of an evaluation, the same each time; 0 for none, None for the whole set."""
 
 
 @dataclass(frozen=True, kw_only=True)

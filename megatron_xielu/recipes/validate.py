@@ -83,6 +83,7 @@ def validate(recipe: Recipe, world_size: int) -> list[str]:
         *_pipeline_parallel(recipe),
         *_batch(recipe, world_size),
         *_schedule(recipe),
+        *_optimizer(recipe),
         *_xielu(recipe),
     ]
 
@@ -222,6 +223,14 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
         yield (
             f"optimizer.min_lr={recipe.optimizer.min_lr} must not be greater than "
             f"optimizer.lr={recipe.optimizer.lr}; legal: 0 to {recipe.optimizer.lr}"
+        )
+
+
+def _optimizer(recipe: Recipe) -> Iterator[str]:
+    if recipe.training.precision == "bf16" and not recipe.parallel.use_distributed_optimizer:
+        yield (
+            "parallel.use_distributed_optimizer=false cannot go with training.precision=bf16: "
+            "Megatron's plain bf16 optimizer cannot save the fp32 alphas; legal: true, or fp32"
         )
 
 

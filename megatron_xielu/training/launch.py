@@ -17,7 +17,7 @@ from typing import TextIO
 # a rank whose peer died hangs in a collective; it gets this long to notice by itself
 _GRACE_SECONDS = 5.0
 ERROR_MARK = "error: "
-_CHILD = "MEGATRON_XIELU_CHILD"
+_ERROR_PIPE = "MEGATRON_XIELU_ERROR_PIPE"
 
 
 def is_rank() -> bool:
@@ -27,7 +27,7 @@ def is_rank() -> bool:
 
 def is_child() -> bool:
     """Whether `launch` started this process and reports its end."""
-    return _CHILD in os.environ
+    return _ERROR_PIPE in os.environ
 
 
 def rank() -> int:
@@ -59,25 +59,44 @@ def launch(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
     Returns:
         0, or the exit code of the first rank that failed.
     """
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_xielu", *arguments],
-            env=_environment(rank, nproc, port),
-            start_new_session=True,
+    port = _free_port()
+    ranks, errors = [], []
+    for rank in range(nproc):
+        error, error_end = os.pipe()
+        errors.append(error)
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "megatron_xielu", *arguments],
+                env=_environment(rank, nproc, port, error_end),
+                pass_fds=[error_end],
+                # Ctrl-C reaches this process alone
+                start_new_session=True,
+            )
         )
-        for port in [_free_port()]
-        for rank in range(nproc)
-    ]
+        os.close(error_end)
     try:
         with _forwarding_signals(ranks):
             failed = _wait(ranks)
     finally:
         _end(ranks)
+    messages = [_read(error) for error in errors]
     if failed is None:
         return 0
     code = ranks[failed].returncode
-    print(_explain(failed, code, log_path(log_dir, failed)), file=sys.stderr, flush=True)
+    message = messages[failed] or _explain(failed, code, log_path(log_dir, failed))
+    print(f"{ERROR_MARK}{message}", file=sys.stderr, flush=True)
     return code if code in (1, 2) else 1
+
+
+def report_error(message: str, terminal: TextIO) -> None:
+    """Tell the user why this rank fails: through `launch`, which shows one rank's, or directly.
+
+    It does not use the log, which may be on the disk that is full.
+    """
+    if is_child():
+        os.write(int(os.environ[_ERROR_PIPE]), message.encode())
+    else:
+        print(f"{ERROR_MARK}{message}", file=terminal, flush=True)
 
 
 @contextmanager
@@ -100,7 +119,7 @@ def logged_to(path: Path) -> Iterator[TextIO]:
                 os.close(copy)
 
 
-def _environment(rank: int, nproc: int, port: int) -> Mapping[str, str]:
+def _environment(rank: int, nproc: int, port: int, error_end: int) -> Mapping[str, str]:
     threads = max(1, (os.cpu_count() or 1) // nproc)
     defaults = {
         "OMP_NUM_THREADS": str(threads),
@@ -116,7 +135,7 @@ def _environment(rank: int, nproc: int, port: int) -> Mapping[str, str]:
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        _CHILD: "1",
+        _ERROR_PIPE: str(error_end),
     }
 
 
@@ -169,10 +188,13 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _explain(rank: int, code: int, log: Path) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        cause = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
-        return f"{ERROR_MARK}rank {rank} was ended by {name}{cause}; its log is {log}"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    _, found, message = text.rpartition(f"\n{ERROR_MARK}")
-    return f"{ERROR_MARK}{message.rstrip()}" if found else f"{ERROR_MARK}rank {rank} failed: {log}"
+    if code >= 0:
+        return f"rank {rank} ended with exit code {code}; its log is {log}"
+    name = signal.Signals(-code).name
+    cause = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
+    return f"rank {rank} was ended by {name}{cause}; its log is {log}"
+
+
+def _read(descriptor: int) -> str:
+    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as pipe:
+        return pipe.read()

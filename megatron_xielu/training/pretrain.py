@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
 import shutil
 import signal
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,15 @@ from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to
 from megatron_xielu.training import launch, run_dir
 from megatron_xielu.training.report import Reporter, StepMetrics
 from megatron_xielu.training.resolve import Machine, resolve
+
+# Megatron's own ways to name data
+_DATA_FLAGS = {
+    "--mock-data",
+    "--data-path",
+    "--train-data-path",
+    "--data-args-path",
+    "--per-split-data-args-path",
+}
 
 
 @dataclass(frozen=True)
@@ -107,15 +118,31 @@ def _job(request: Request, recipe: Recipe, *, check_data: bool) -> Job:
             f"--nproc {machine.num_gpus}, or start the run on more machines with torchrun"
         )
     check(recipe, world_size)
-    data = _data(recipe) if check_data else None
+    data = _data(recipe, request.megatron_flags) if check_data else None
     resolved = resolve(recipe, machine, data)
     check(resolved, world_size)
+    _check_resolved(resolved)
     folder = (request.run_dir or Path("runs") / recipe.name).absolute()
     return Job(resolved, folder, world_size, machine, request.megatron_flags)
 
 
-def _data(recipe: Recipe) -> DatasetInfo:
+def _check_resolved(recipe: Recipe) -> None:
+    derived = {
+        "model.vocab_size": recipe.model.vocab_size,
+        "logging.eval_iters": recipe.logging.eval_iters,
+    }
+    missing = [name for name, value in derived.items() if value is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} would come from the data, but data.path is not set: set it, "
+            f"or give {' '.join(f'{name}=NUMBER' for name in missing)}"
+        )
+
+
+def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
     if recipe.data.path is None:
+        if _DATA_FLAGS.intersection(flags):
+            return None
         raise UserError(
             "data.path is not set: write a data folder with `megatron-xielu prepare-data DIR` and "
             "give data.path=DIR"
@@ -135,12 +162,13 @@ def _run_rank(request: Request, recipe: Recipe) -> int:
     with launch.logged_to(log) as terminal:
         try:
             _train(job, terminal)
-        except Exception as error:
-            traceback.print_exc()
-            message = f"{launch.ERROR_MARK}{_describe(error, job, log)}"
-            print(f"\n{message}", flush=True)
-            if not launch.is_child():
-                print(message, file=terminal, flush=True)
+        # torch's CheckpointException is no Exception
+        except BaseException as error:
+            # the log may be on the disk that is full
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+                sys.stderr.flush()
+            launch.report_error(_describe(error, job, log), terminal)
             # without the other ranks no collective ends, so nothing may wait for one on exit
             os._exit(1)
     return 0

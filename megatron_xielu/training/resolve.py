@@ -45,8 +45,9 @@ def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recip
     """The recipe with nothing left to "auto".
 
     Args:
-        data: the data folder's manifest; its vocabulary, rounded up to a multiple of 128 whatever
-            the tensor-parallel size is, becomes the model's where the recipe names none.
+        data: the data folder's manifest. Its vocabulary, rounded up to a multiple of 128 whatever
+            the tensor-parallel size is, becomes the model's where the recipe names none, and its
+            held-out tokens become the length of an evaluation.
 
     Raises:
         UserError: TransformerEngine is asked for where it cannot run.
@@ -74,7 +75,16 @@ def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recip
         model=replace(model, transformer_impl=impl, vocab_size=vocab_size),
         training=replace(recipe.training, precision=precision),
         data=replace(recipe.data, path=None if path is None else str(Path(path).absolute())),
+        logging=replace(recipe.logging, eval_iters=_eval_iters(recipe, data)),
     )
+
+
+def _eval_iters(recipe: Recipe, data: DatasetInfo | None) -> int | None:
+    if recipe.logging.eval_iters is not None or data is None:
+        return recipe.logging.eval_iters
+    # a sequence's last target is the next one's first token
+    sequences = (data.valid.tokens - 1) // recipe.model.seq_length
+    return max(1, sequences // recipe.training.global_batch_size)
 
 
 def _has_module(name: str) -> bool:

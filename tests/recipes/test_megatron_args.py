@@ -68,7 +68,8 @@ GPU = {"device": "cuda", "precision": "bf16", "transformer_impl": "transformer_e
 
 
 def _recipe(name: str, *overrides: str) -> Recipe:
-    return load_recipe(name, ["data.path=/data/a corpus", "model.vocab_size=4096", *overrides])
+    given = ["data.path=/data/a corpus", "model.vocab_size=4096", "logging.eval_iters=4"]
+    return load_recipe(name, [*given, *overrides])
 
 
 @pytest.mark.parametrize("platform", [{}, GPU], ids=["cpu", "gpu"])
@@ -140,7 +141,7 @@ def test_overlap_only_where_there_is_something_to_overlap(parser: argparse.Argum
 
 
 def test_without_data_another_source_can_be_given(parser: argparse.ArgumentParser) -> None:
-    recipe = load_recipe("tiny", ["model.vocab_size=4096"])
+    recipe = load_recipe("tiny", ["model.vocab_size=4096", "logging.eval_iters=1"])
     args = parser.parse_args([*_argv(recipe), "--mock-data"])
     assert args.train_data_path is None
     assert args.valid_data_path is None

@@ -168,6 +168,12 @@ RULES = [
         "optimizer.adam_beta2=1.0 must be at least 0 and less than 1; usual: 0.9, 0.95",
     ),
     (["training.seed=0"], 2, "training.seed=0 must be at least 1; nearest legal: 1"),
+    (
+        ["training.precision=bf16", "parallel.use_distributed_optimizer=false"],
+        2,
+        "parallel.use_distributed_optimizer=false cannot go with training.precision=bf16: "
+        "Megatron's plain bf16 optimizer cannot save the fp32 alphas; legal: true, or fp32",
+    ),
     (["logging.eval_iters=-1"], 2, "logging.eval_iters=-1 must not be negative; nearest legal: 0"),
     ([], 0, "world_size=0 must be at least 1; nearest legal: 1"),
 ]

@@ -1,0 +1,359 @@
+"""The command as a user runs it: real ranks, signals, resumption, and the mistakes it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+from tests.conftest import SMALL
+from tests.ranks import environment
+
+STEPS = 30
+LONG = (
+    f"training.train_iters={STEPS}",
+    "schedule.lr_wsd_decay_iters=10",
+    "logging.eval_interval=10",
+    "checkpoint.save_interval=1000",
+    "parallel.tensor_model_parallel_size=2",
+)
+
+
+def command(run_dir: Path, data: Path, *overrides: str, flags: Sequence[str] = ()) -> list[str]:
+    program = [sys.executable, "-m", "megatron_xielu", "pretrain", "--recipe", "tiny"]
+    given = [*SMALL, f"data.path={data}", *overrides]
+    return [*program, "--run-dir", str(run_dir), *given, *(["--", *flags] if flags else [])]
+
+
+def run(words: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, env=environment(), capture_output=True, text=True, timeout=300, cwd=cwd
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, the optimizer's included."""
+    reader = TorchDistReader(run_dir / "checkpoints" / f"iter_{step:07d}")
+    return {key: reader.read(key) for key in sorted(reader.keys())}
+
+
+def stop_after(words: Sequence[str], run_dir: Path, step: int, number: int) -> str:
+    """Start the command, send it a signal once it has reported `step`; returns its output."""
+    process = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        while not any(r["step"] >= step for r in metrics(run_dir) if r["type"] == "train"):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(data_dir: Path, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    done = run(command(straight, data_dir, *LONG))
+    assert done.returncode == 0, done.stderr
+
+    words = command(stopped, data_dir, *LONG)
+    for number, step in ((signal.SIGTERM, 4), (signal.SIGINT, 14)):
+        output = stop_after(words, stopped, step, number)
+        assert "stopping after this step" in output
+        at = int(re.search(r"stopped at step (\d+), saved", output).group(1))  # type: ignore[union-attr]
+        latest = (stopped / "checkpoints/latest_checkpointed_iteration.txt").read_text()
+        assert step <= at == int(latest) < STEPS
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+
+    expected, got = saved(straight, STEPS), saved(stopped, STEPS)
+    assert any("exp_avg_sq" in key for key in expected)
+    assert any("alpha_p" in key for key in expected)
+    assert expected.keys() == got.keys()
+    different = [key for key in expected if not torch.equal(expected[key], got[key])]
+    print(f"{len(expected)} tensors, optimizer included: {len(different)} differ")
+    assert not different
+
+    kept = ("type", "step", "loss", "grad_norm", "lr", "alpha_p", "alpha_n")
+    rows = [[{k: r.get(k) for k in kept} for r in metrics(d)] for d in (straight, stopped)]
+    assert [r["step"] for r in rows[0] if r["type"] == "train"] == list(range(1, STEPS + 1))
+    assert rows[0] == rows[1]
+
+
+def test_what_a_run_leaves_and_shows(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run(command(folder, data_dir, "parallel.pipeline_model_parallel_size=2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"cache", "checkpoints", "logs", "metrics.jsonl", "recipe.yaml", "tensorboard"}
+    assert sorted(path.name for path in (folder / "logs").iterdir()) == [
+        "rank_00000.log",
+        "rank_00001.log",
+    ]
+    lines = [line for line in done.stdout.splitlines() if re.match(r" +\d/5 ", line)]
+    assert [line.split()[0] for line in lines] == ["0/5", "1/5", "2/5", "3/5", "4/5", "5/5", "5/5"]
+    records = [record for record in metrics(folder) if record["type"] == "train"]
+    # the layers of both pipeline stages
+    assert all(len(r["alpha_p"]) == len(r["alpha_n"]) == 4 for r in records)
+    assert all(0.7 < value < 0.9 for r in records for value in r["alpha_p"] + r["alpha_n"])
+    assert len(set(records[-1]["alpha_p"])) == 4
+
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    layers = {f"xielu/alpha_{sign}/layer_{layer}" for sign in "pn" for layer in range(4)}
+    assert layers | {"lm loss", "learning-rate", "grad-norm", "throughput"} <= tags
+    shown = [event.value for event in board.Scalars("xielu/alpha_n/layer_3")]
+    assert shown == pytest.approx([record["alpha_n"][3] for record in records])
+    assert [event.step for event in board.Scalars("lm loss")] == [1, 2, 3, 4, 5]
+
+
+def test_torchrun_joins_the_same_path(data_dir: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    words = command(here, data_dir, "parallel.tensor_model_parallel_size=2")
+    assert run(words).returncode == 0
+    words[words.index(str(here))] = str(there)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher += ["-m", "megatron_xielu", *words[3:], "parallel.tensor_model_parallel_size=2"]
+    done = run(launcher)
+    assert done.returncode == 0, done.stderr
+    first, second = ([r.get("loss") for r in metrics(folder)] for folder in (here, there))
+    assert first == second
+
+
+def test_flags_after_the_separator_win(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run(command(folder, data_dir, flags=["--train-iters", "2", "--log-interval", "2"]))
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in metrics(folder) if r["type"] == "train"] == [2]
+
+
+def test_the_alphas_own_learning_rate(data_dir: Path, tmp_path: Path) -> None:
+    moves = []
+    for multiplier in ("1", "10"):
+        folder = tmp_path / multiplier
+        done = run(command(folder, data_dir, f"xielu.lr_mult={multiplier}"))
+        assert done.returncode == 0, done.stderr
+        start, *_, end = (r["alpha_p"] for r in metrics(folder) if r["type"] == "train")
+        moves.append(max(abs(b - a) for a, b in zip(start, end, strict=True)))
+    print(f"largest move of a_p: {moves[0]:.5f}, with ten times the rate {moves[1]:.5f}")
+    assert moves[1] > 5 * moves[0]
+
+
+# what a user can get wrong: nothing starts, exit code 2, and no traceback
+
+
+def refused(words: Sequence[str]) -> str:
+    done = run(words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+@pytest.fixture
+def own_data(data_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data_dir, tmp_path / "data"))
+
+
+def test_recipe_mistakes_are_reported_together(data_dir: Path, tmp_path: Path) -> None:
+    words = command(tmp_path / "run", data_dir)
+    typos = ["model.num_layer=4", "training.seed=yes"]
+    message = refused([*words, *typos])
+    assert "model.num_layer: unknown key; did you mean model.num_layers?" in message
+    assert "training.seed: expected an integer, got true" in message
+    mistakes = ["parallel.tensor_model_parallel_size=3", "training.global_batch_size=9"]
+    message = refused([*words, *mistakes])
+    assert "parallel.tensor_model_parallel_size=3" in message
+    assert "training.global_batch_size=9" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_and_truncated_data(own_data: Path, tmp_path: Path) -> None:
+    message = refused(command(tmp_path / "run", tmp_path / "nowhere"))
+    assert f"no data folder at {tmp_path / 'nowhere'}" in message
+    binary = own_data / "train.bin"
+    binary.write_bytes(binary.read_bytes()[:-100])
+    message = refused(command(tmp_path / "run", own_data))
+    assert str(binary) in message
+    assert "truncated" in message
+    (own_data / "train.idx").unlink()
+    assert "train.idx" in refused(command(tmp_path / "run", own_data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_does_not_fit(own_data: Path, tmp_path: Path) -> None:
+    words = command(tmp_path / "run", own_data)
+    assert "512 ids but model.vocab_size is 256" in refused([*words, "model.vocab_size=256"])
+    (own_data / "tokenizer/tokenizer.json").write_text("{}")
+    assert "is not the tokenizer that made this data" in refused(words)
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run(command(folder, data_dir)).returncode == 0
+    return folder
+
+
+def test_a_folder_with_another_recipes_run(finished: Path, data_dir: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    words = command(finished, data_dir, "optimizer.lr=0.1", "model.ffn_hidden_size=128")
+    message = refused(words)
+    assert f"{finished} holds a run of another recipe" in message
+    assert "optimizer.lr: 0.003 -> 0.1" in message
+    assert "model.ffn_hidden_size: 192 -> 128" in message
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_of_another_model(finished: Path, data_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("num_layers: 4", "num_layers: 2"))
+    message = refused(command(folder, data_dir, "model.num_layers=2"))
+    assert "num_layers: 4 in the checkpoint, 2 by the recipe" in message
+    recipe.unlink()
+    assert "has checkpoints/ but no recipe.yaml" in refused(command(folder, data_dir))
+
+
+def test_a_damaged_checkpoint_is_named(finished: Path, data_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (shard,) = (folder / "checkpoints/iter_0000005").glob("__0_0.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert "__0_0.distcp" in refused(command(folder, data_dir))
+
+
+def test_a_finished_run_only_evaluates(finished: Path, data_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = metrics(folder)
+    done = run(command(folder, data_dir))
+    assert done.returncode == 0, done.stderr
+    assert metrics(folder) == before
+
+
+def test_a_longer_run_goes_on_and_says_what_changed(
+    finished: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    done = run(command(folder, data_dir, "training.train_iters=7"))
+    assert done.returncode == 0, done.stderr
+    assert "changed since the last start: training.train_iters: 5 -> 7" in done.stdout
+    steps = [record["step"] for record in metrics(folder) if record["type"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_folder_that_cannot_be_written(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    message = refused(command(tmp_path / "file" / "run", data_dir))
+    assert f"the run folder {tmp_path / 'file' / 'run'} cannot be written" in message
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB: room for one checkpoint of the small model and part of a second."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    # lazily: a process that was just ended may still hold a file
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_what_was_saved(data_dir: Path, small_disk: Path) -> None:
+    folder = small_disk / "run"
+    words = command(
+        folder,
+        data_dir,
+        "training.train_iters=12",
+        "checkpoint.save_interval=3",
+        "parallel.tensor_model_parallel_size=2",
+    )
+    done = run(words)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"the disk of {folder} is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    step = int((folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    assert f"step {step} is saved whole" in done.stderr
+    assert all(torch.isfinite(tensor.float()).all() for tensor in saved(folder, step).values())
+    # with room the same command goes on
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert "its save was cut off" in done.stdout
+    assert (folder / "checkpoints/iter_0000012/.metadata").is_file()
+
+
+def test_a_killed_rank_ends_the_run_with_its_name(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = command(folder, data_dir, *LONG, "training.train_iters=2000")
+    process = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while len(metrics(folder)) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victims = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    subprocess.run(["kill", "-9", victims[0]], check=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"error: rank [01]", errors)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_megatrons_own_data_flags_need_no_data_folder(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "megatron_xielu", "pretrain", "--recipe", "tiny", *SMALL]
+    program += ["--run-dir", str(tmp_path / "run")]
+    assert "data.path is not set" in refused(program)
+    flags = ["--", "--mock-data", "--split", "80,20,0"]
+    message = refused([*program, *flags])
+    assert "model.vocab_size would come from the data" in message
+    done = run([*program, "model.vocab_size=128", *flags])
+    assert done.returncode == 0, done.stderr
+
+
+DRY_RUNS = {
+    "llama-1.1b-xielu": ("1,132,537,392", "126,156,800,000", "8,606,711,808"),
+    "llama-3b-xielu": ("3,020,048,456", "125,829,120,000", "19,931,332,608"),
+}
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_dry_run_of_the_papers_recipes(name: str, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "megatron_xielu", "pretrain", "--recipe", name, "--dry-run"]
+    done = run(program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for number in (*DRY_RUNS[name], "--lr-wsd-decay-style minus_sqrt", "activation: xielu"):
+        assert number in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_what_a_run_uses(data_dir: Path, tmp_path: Path) -> None:
+    done = run([*command(tmp_path / "run", data_dir), "--dry-run"])
+    assert done.returncode == 0, done.stderr
+    assert "vocab_size: 512" in done.stdout
+    assert f"--train-data-path {data_dir / 'train'}" in done.stdout
+    assert not (tmp_path / "run").exists()
