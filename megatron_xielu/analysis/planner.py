@@ -29,7 +29,7 @@ GPU" and so on). From Hopper on they print the rate with 2:4 sparsity; this is h
 """
 
 _PLANNED_MFU = 0.40
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,8 @@ def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
 def format_plan(plan: Plan) -> str:
     """The plan as aligned text for a terminal."""
     memory = plan.memory
-    gib = {
+    unit, unit_name = (_GIB, "GiB") if memory.total >= _GIB else (_MIB, "MiB")
+    memory_of = {
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer state": memory.optimizer,
@@ -198,11 +199,10 @@ def format_plan(plan: Plan) -> str:
             "+ causal attention (Megatron)": f"{plan.flops_per_token_causal:,}",
             "+ full attention (PaLM)": f"{plan.flops_per_token_full:,}",
             "FLOPs of the run (Megatron)": f"{plan.flops:.4g}",
-            f"H100-hours at {_PLANNED_MFU:.0%} MFU": f"{plan.h100_hours:,.2f}",
-            f"hours on {plan.world_size:,} H100s": f"{plan.h100_hours / plan.world_size:,.2f}",
+            **_h100_hours(plan),
         },
-        f"memory per device, GiB, {plan.precision}": {
-            name: f"{size / _GIB:,.2f}" for name, size in gib.items()
+        f"memory per device, {unit_name}, {plan.precision}": {
+            name: f"{size / unit:,.2f}" for name, size in memory_of.items()
         },
     }
     rows = [row for section in sections.values() for row in section.items()]
@@ -214,6 +214,16 @@ def format_plan(plan: Plan) -> str:
         for label, value in section.items():
             lines.append(f"  {label:<{label_width}}  {value:>{value_width}}")
     return "\n".join(lines)
+
+
+def _h100_hours(plan: Plan) -> dict[str, str]:
+    # a run of seconds is no matter of H100s
+    if plan.h100_hours < 0.1:
+        return {}
+    return {
+        f"H100-hours at {_PLANNED_MFU:.0%} MFU": f"{plan.h100_hours:,.2f}",
+        f"hours on {plan.world_size:,} H100s": f"{plan.h100_hours / plan.world_size:,.2f}",
+    }
 
 
 def _matmul_weights(model: Model) -> int:

@@ -155,6 +155,11 @@ SEAMS = (
         "prefix forward_step_func data_iterator model iteration process_non_loss_data_func config",
     ),
     Seam(
+        f"{_LOOP}.save_checkpoint_and_time",
+        "is wrapped so that saving does not count as training time",
+        "iteration",
+    ),
+    Seam(
         f"{_LOOP}.checkpoint_and_decide_exit",
         "saves and ends the run after SIGTERM",
         source="signal_handler.signals_received()",

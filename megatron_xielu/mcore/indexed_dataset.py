@@ -6,6 +6,7 @@ be quick, and must not import Megatron before the CPU platform is enabled.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import warnings
@@ -188,6 +189,8 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def _megatron() -> ModuleType:
+    # with a CUDA compiler but no GPU, torch says so wherever it is imported
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         # it is about optimizers, and none runs here
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

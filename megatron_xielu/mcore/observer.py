@@ -58,11 +58,12 @@ class Observer:
         self._last_valid_step = -1
 
     def attach(self) -> None:
-        """Wrap the four functions of the training loop that this needs."""
+        """Wrap the functions of the training loop that this needs."""
         patches.wrap_training("train", self._around_train)
         patches.wrap_training("training_log", self._around_training_log)
         patches.wrap_training("evaluate", self._around_evaluate)
         patches.wrap_training("evaluate_and_print_results", self._around_evaluate_and_print)
+        patches.wrap_training("save_checkpoint_and_time", self._off_the_clock)
 
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def observed(
@@ -112,6 +113,8 @@ class Observer:
         return observed
 
     def _around_evaluate_and_print(self, report: Callable[..., Any]) -> Callable[..., Any]:
+        report = self._off_the_clock(report)
+
         def observed(
             prefix: str, forward_step: Any, data: Any, model: Any, iteration: int, *args: Any,
             **kwargs: Any,
@@ -125,6 +128,17 @@ class Observer:
                 self.listener.validation(step=iteration, loss=self._valid_loss)
 
         return observed
+
+    def _off_the_clock(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The speed of a step leaves out what happens between steps."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            self._interval_start += time.perf_counter() - begin
+            return result
+
+        return timed
 
     def _report_step(self, iteration: int, lr: float | None, grad_norm: float | None) -> None:
         alpha_p, alpha_n = gather_alphas(self.model, get_args().num_layers)

@@ -44,12 +44,16 @@ def quickstart(folder: Path) -> int:
         convert_to_hf(run, hf)
     with clock("verification"):
         report = verify_export(hf, run, reference_logits=megatron_logits(open_run(run)))
+        print(report)
     with clock("text"):
         texts = generate_text(hf, PROMPTS, NEW_TOKENS, seed=0)
+        for prompt, text in zip(PROMPTS, texts, strict=True):
+            print(f"{prompt}{text}\n")
     with clock("picture"):
         picture = plot_runs([run], folder / "plot.png")
+        print(picture)
     first, last = _held_out(run)
-    print(_summary(info, report, texts, (first, last), clock))
+    print(_summary(info, report, (first, last), clock))
     print(_where(data, run, hf, picture))
     if last >= info.unigram_entropy_nats:
         print("error: the model has not learned to use context", file=sys.stderr)
@@ -87,12 +91,10 @@ def _held_out(run: Path) -> tuple[float, float]:
 def _summary(
     info: DatasetInfo,
     report: VerifyReport,
-    texts: list[str],
     held_out: tuple[float, float],
     clock: _Clock,
 ) -> str:
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items())
-    shown = (f"{prompt}{text}".split() for prompt, text in zip(PROMPTS, texts, strict=True))
     return "\n".join(
         [
             "\n== summary",
@@ -100,7 +102,6 @@ def _summary(
             f"token entropy    {info.unigram_entropy_nats:.3f}: the loss of guessing by frequency",
             f"logits           at most {report.logits.max_abs:.1e} from Megatron's, same token at "
             f"{report.logits.agreement:.0%} of {report.logits.positions} positions",
-            *(f"text             {' '.join(words)}" for words in shown),
             f"time             {sum(clock.seconds.values()):.0f} s ({stages})",
         ]
     )
