@@ -28,8 +28,8 @@ test: lint types ## lint, types and the tests, without the slow ones
 test-all: lint types ## lint, types and every test this machine can run
 	$(PYTHON_IN_VENV) -m pytest $(ARGS)
 
-bench: venv ## time xIELU's implementations on this machine
-	.venv/bin/megatron-xielu bench $(ARGS)
+bench: venv ## time training on this machine's CPU against stock transformers
+	$(PYTHON_IN_VENV) tools/bench_training.py $(ARGS)
 
 clean: ## delete caches and build outputs (.venv stays)
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

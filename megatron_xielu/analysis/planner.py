@@ -271,10 +271,7 @@ def _activations_per_token(recipe: Recipe) -> float:
     tp = parallel.tensor_model_parallel_size
     # both norms' inputs and outputs
     hidden = 4 * model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    # queries and attention's output, keys and values
+    # queries and attention's output, keys and values; both kinds of layers keep no scores
     channels = (2 * model.num_attention_heads + 2 * num_query_groups(model)) * head_dim(model)
-    # flash attention keeps no scores; the local layers keep the probabilities
-    is_local = model.transformer_impl == "local"
-    scores = model.num_attention_heads * model.seq_length if is_local else 0
     # xIELU's input and output
-    return hidden + (channels + scores + 2 * model.ffn_hidden_size) / tp
+    return hidden + (channels + 2 * model.ffn_hidden_size) / tp
