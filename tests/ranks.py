@@ -50,7 +50,8 @@ def environment(**variables: object) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         # asserted by Megatron under tensor parallelism
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": str(ROOT),
+        # after the tests' own: a folder with TransformerEngine, say
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONWARNINGS": "ignore",
         **{name: str(value) for name, value in variables.items()},
     }

@@ -15,6 +15,13 @@ from torch import Tensor
 
 from megatron_xielu.checkpoint.run import RunCheckpoint
 
+_PROGRAM = """
+import sys
+from megatron_xielu.mcore import cpu_platform
+cpu_platform.hide_gpu_libraries()
+from megatron_xielu.mcore.evaluate import main
+main(*sys.argv[1:])
+"""
 _LINES_SHOWN = 15
 
 
@@ -32,9 +39,16 @@ def megatron_logits(run: RunCheckpoint) -> Callable[[list[list[int]]], list[Tens
             asked, answer = Path(folder, "prompts.json"), Path(folder, "logits.pt")
             asked.write_text(json.dumps(prompts))
             recipe = run.run_dir / "recipe.yaml"
-            program = [sys.executable, "-m", "megatron_xielu.mcore.evaluate"]
             done = subprocess.run(
-                [*program, str(run.path), str(recipe), str(asked), str(answer)],
+                [
+                    sys.executable,
+                    "-c",
+                    _PROGRAM,
+                    str(run.path),
+                    str(recipe),
+                    str(asked),
+                    str(answer),
+                ],
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
                 capture_output=True,
                 text=True,

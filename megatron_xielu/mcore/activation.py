@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -108,9 +109,11 @@ def install(model: nn.Module) -> nn.Module:
         ValueError: an MLP is gated, which xIELU is not made for.
         RuntimeError: a module still holds the placeholder afterwards.
     """
+    mixtures = [module for module in model.modules() if isinstance(module, SequentialMLP)]
+    experts = {id(expert) for mixture in mixtures for expert in mixture.local_experts}
     for mlp in model.modules():
         if isinstance(mlp, MLP) and isinstance(mlp.activation_func, XIELUPlaceholder):
-            mlp.activation_func = _build(mlp)
+            mlp.activation_func = _build(mlp, is_expert=id(mlp) in experts)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):
             raise RuntimeError(
@@ -120,13 +123,12 @@ def install(model: nn.Module) -> nn.Module:
     return model
 
 
-def _build(mlp: MLP) -> ParallelXIELU:
+def _build(mlp: MLP, *, is_expert: bool) -> ParallelXIELU:
     if mlp.config.gated_linear_unit:
         raise ValueError(
             "xIELU is not gated: leave out --swiglu and widen ffn_hidden_size to 1.5 times the "
             "gated MLP's for equal parameters and FLOPs"
         )
-    is_expert = bool(getattr(mlp.linear_fc1, "is_expert", False))
     module = ParallelXIELU(
         mlp.activation_func,
         mlp.tp_group,

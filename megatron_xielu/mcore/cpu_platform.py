@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -23,6 +24,18 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+
+def hide_gpu_libraries() -> None:
+    """Let Megatron find neither TransformerEngine nor Apex if there is no GPU.
+
+    Megatron takes their kernels wherever it can import them, and they only run on GPUs. This has to
+    come before Megatron is imported.
+    """
+    if not torch.cuda.is_available():
+        for name in ("transformer_engine", "apex"):
+            # None is what makes an import fail
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def enable() -> bool:

@@ -1,15 +1,13 @@
 """Logits of a saved checkpoint from Megatron's own model, on one CPU process in fp32.
 
-Run as a program, because Megatron's state is global and its CPU platform changes torch:
-
-    python -m megatron_xielu.mcore.evaluate CHECKPOINT RECIPE PROMPTS.json LOGITS.pt
+Megatron's state is global and its CPU platform changes torch, so `main` wants a process of its own;
+`checkpoint.reference` starts one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +71,7 @@ def logits_of(model: GPTModel, prompt: list[int]) -> Tensor:
 
 
 def main(checkpoint: str, recipe: str, prompts: str, out: str) -> None:
-    """Write the logits of each prompt as a list of tensors."""
+    """Write the logits of each prompt in a JSON file of token ids to `out`, as a list of tensors."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     with tempfile.TemporaryDirectory() as workdir:
@@ -82,7 +80,3 @@ def main(checkpoint: str, recipe: str, prompts: str, out: str) -> None:
         logits = [logits_of(model, prompt) for prompt in json.loads(Path(prompts).read_text())]
         torch.save(logits, out)
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

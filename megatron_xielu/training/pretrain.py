@@ -180,6 +180,9 @@ def _train(job: Job, terminal: TextIO) -> None:
     # only now, in the rank's own log: Megatron says much while it is imported
     import torch
 
+    from megatron_xielu.mcore import cpu_platform
+
+    cpu_platform.hide_gpu_libraries()
     from megatron_xielu.mcore.activation import XIELUPlaceholder
     from megatron_xielu.mcore.pretrain import pretrain as megatron_pretrain
 

@@ -18,6 +18,8 @@ from tests.mcore import checks
 
 
 def main(tp: str, out: str, *names: str) -> None:
+    if not all(name.startswith("transformer_engine") for name in names):
+        cpu_platform.hide_gpu_libraries()
     cpu_platform.enable()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -115,7 +115,7 @@ def a_gated_mlp_is_refused() -> None:
         build(config(gated_linear_unit=True))
 
 
-def experts_get_their_own_and_the_rest_is_named() -> None:
+def experts_get_their_own() -> None:
     from megatron_xielu.mcore.activation import ParallelXIELU
 
     mixture = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2}
@@ -265,3 +265,56 @@ def norm_carries_the_sequence_parallel_mark() -> None:
     x = torch.randn(5, 32)
     expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
     torch.testing.assert_close(plain(x), expected)
+
+
+def experts_are_summed_over_their_own_group(impl: str = "local") -> None:
+    from megatron_xielu.mcore.activation import ParallelXIELU
+
+    mixture = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2}
+    mixture |= {"moe_shared_expert_intermediate_size": 64, "moe_grouped_gemm": False}
+    cut = {"sequence_parallel": True, "tensor_model_parallel_size": 2}
+    model = build(config(transformer_impl=impl, **mixture, **cut))
+    marked = {
+        name: module.alpha_p.sequence_parallel
+        for name, module in model.named_modules()
+        if isinstance(module, ParallelXIELU)
+    }
+    # Megatron sums what is marked over the dense group, which is not an expert's
+    assert len(marked) == 15
+    assert all(mark is ("shared_experts" in name) for name, mark in marked.items())
+
+
+def transformer_engine_layers_get_xielu() -> None:
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    from megatron_xielu.mcore.activation import installed_activations
+
+    half = {"bf16": True, "params_dtype": torch.bfloat16}
+    model = build(config(transformer_impl="transformer_engine", **half)).bfloat16()
+    assert sorted(installed_activations(model)) == [1, 2, 3]
+    for layer in model.decoder.layers:
+        assert isinstance(layer.mlp.linear_fc1, TELayerNormColumnParallelLinear)
+        assert isinstance(layer.mlp.linear_fc2, TERowParallelLinear)
+        assert layer.mlp.activation_func.alpha_p.dtype == torch.float32
+    with pytest.raises(Exception, match=r"(?i)cuda"):
+        logits_and_grads(model)
+
+
+def transformer_engine_checkpoints_have_the_local_ones_keys() -> None:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    shapes = []
+    for impl in ("local", "transformer_engine"):
+        state = build(config(transformer_impl=impl)).sharded_state_dict()
+        tensors = [value for value in state.values() if isinstance(value, ShardedTensor)]
+        shapes.append({tensor.key: tensor.global_shape for tensor in tensors})
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["decoder.layers.mlp.activation_func.alpha_p"] == (3, 1)
+    assert "decoder.layers.mlp.linear_fc1.layer_norm_weight" in shapes[0]
+
+
+def transformer_engine_experts_are_summed_over_their_own_group() -> None:
+    experts_are_summed_over_their_own_group("transformer_engine")

@@ -47,6 +47,9 @@ def main() -> None:
         transformer_impl="local",
     )
 
+    from megatron_xielu.mcore import cpu_platform
+
+    cpu_platform.hide_gpu_libraries()
     import megatron_xielu.mcore.activation as activation
     import megatron_xielu.mcore.pretrain as pretrain
 
@@ -80,8 +83,8 @@ def plant(fault: str, activation: Any) -> None:
     """Break one thing on purpose, so that a test shows that it would notice."""
     build = activation._build
 
-    def broken(mlp: Any) -> Any:
-        module = build(mlp)
+    def broken(mlp: Any, **known: Any) -> Any:
+        module = build(mlp, **known)
         if fault == "no-sum":
             module.sum_in_backward = False
             for alpha in (module.alpha_p, module.alpha_n):

@@ -10,6 +10,7 @@ from functools import partial
 
 from megatron_xielu.mcore import cpu_platform, patches
 
+cpu_platform.hide_gpu_libraries()
 cpu_platform.enable()
 patches.skip_dataset_helper_build()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ ONE_RANK = (
     "local_layers_use_our_norm_and_attention",
     "an_uninstalled_placeholder_raises",
     "a_gated_mlp_is_refused",
-    "experts_get_their_own_and_the_rest_is_named",
+    "experts_get_their_own",
+    "experts_are_summed_over_their_own_group",
     "a_module_without_room_for_alphas_is_named",
     "multi_token_prediction_is_reached_by_the_hook",
     "settings_reach_the_modules",
@@ -28,6 +30,11 @@ ONE_RANK = (
 )
 
 
+TRANSFORMER_ENGINE = (
+    "transformer_engine_layers_get_xielu",
+    "transformer_engine_checkpoints_have_the_local_ones_keys",
+    "transformer_engine_experts_are_summed_over_their_own_group",
+)
 TWO_RANKS = ("tensor_parallel_ranks_draw_different_weights",)
 
 
@@ -44,6 +51,19 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | N
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     return run_checks(tmp_path_factory.mktemp("two"), TWO_RANKS, 2)
+
+
+@pytest.fixture(scope="module")
+def with_te(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("TransformerEngine is not installed")
+    return run_checks(tmp_path_factory.mktemp("te"), TRANSFORMER_ENGINE, 1)
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("check", TRANSFORMER_ENGINE)
+def test_with_transformer_engine(check: str, with_te: list[dict[str, str | None]]) -> None:
+    assert with_te[0][check] is None, with_te[0][check]
 
 
 @pytest.mark.parametrize("check", ONE_RANK)
