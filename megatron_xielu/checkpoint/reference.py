@@ -38,17 +38,9 @@ def megatron_logits(run: RunCheckpoint) -> Callable[[list[list[int]]], list[Tens
         with tempfile.TemporaryDirectory() as folder:
             asked, answer = Path(folder, "prompts.json"), Path(folder, "logits.pt")
             asked.write_text(json.dumps(prompts))
-            recipe = run.run_dir / "recipe.yaml"
+            files = (run.path, run.run_dir / "recipe.yaml", asked, answer)
             done = subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    _PROGRAM,
-                    str(run.path),
-                    str(recipe),
-                    str(asked),
-                    str(answer),
-                ],
+                [sys.executable, "-c", _PROGRAM, *map(str, files)],
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
                 capture_output=True,
                 text=True,

@@ -71,7 +71,7 @@ def logits_of(model: GPTModel, prompt: list[int]) -> Tensor:
 
 
 def main(checkpoint: str, recipe: str, prompts: str, out: str) -> None:
-    """Write the logits of each prompt in a JSON file of token ids to `out`, as a list of tensors."""
+    """Write to `out` the list of the logits of each prompt in a JSON file of token ids."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     with tempfile.TemporaryDirectory() as workdir:

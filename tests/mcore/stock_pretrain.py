@@ -1,18 +1,17 @@
 """A minimal Megatron entry script, as users have their own: it knows nothing of xIELU.
 
 The layer spec comes from the command line, `--spec megatron_xielu.mcore.layer_specs
-xielu_layer_spec`. Only the first two statements are about running without a GPU.
+xielu_layer_spec`. What comes before the imports is about running without a GPU.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from megatron_xielu.mcore import cpu_platform, patches
+from megatron_xielu.mcore import cpu_platform
 
 cpu_platform.hide_gpu_libraries()
 cpu_platform.enable()
-patches.skip_dataset_helper_build()
 
 import torch  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
@@ -26,6 +25,10 @@ from megatron.training.argument_utils import (  # noqa: E402
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from megatron_xielu.mcore import patches  # noqa: E402
+
+patches.skip_dataset_helper_build()
 
 
 def loss_function(mask, output):

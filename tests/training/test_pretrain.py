@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -159,6 +160,17 @@ def test_the_alphas_own_learning_rate(data_dir: Path, tmp_path: Path) -> None:
         moves.append(max(abs(b - a) for a, b in zip(start, end, strict=True)))
     print(f"largest move of a_p: {moves[0]:.5f}, with ten times the rate {moves[1]:.5f}")
     assert moves[1] > 5 * moves[0]
+
+
+@pytest.mark.te
+def test_a_machine_with_transformer_engine_and_no_gpu(data_dir: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformer_engine") is None or torch.cuda.is_available():
+        pytest.skip("needs TransformerEngine and no GPU")
+    done = run(command(tmp_path / "run", data_dir, "parallel.tensor_model_parallel_size=2"))
+    assert done.returncode == 0, done.stderr
+    wanted = "model.transformer_impl=transformer_engine"
+    message = refused(command(tmp_path / "te", data_dir, wanted))
+    assert f"{wanted} cannot run here: there is no GPU" in message
 
 
 # what a user can get wrong: nothing starts, exit code 2, and no traceback
