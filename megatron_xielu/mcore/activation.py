@@ -15,6 +15,7 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -141,11 +142,15 @@ def _build(mlp: MLP, *, is_expert: bool) -> ParallelXIELU:
     return module
 
 
-def installed_activations(model: nn.Module) -> dict[int, ParallelXIELU]:
-    """xIELU of each dense decoder layer of a pipeline stage, by 1-based layer number."""
-    found: dict[int, ParallelXIELU] = {}
-    for layer in model.modules():
-        mlp = getattr(layer, "mlp", None)
-        if isinstance(mlp, MLP) and isinstance(mlp.activation_func, ParallelXIELU):
-            found[int(layer.layer_number)] = mlp.activation_func  # type: ignore[arg-type]
-    return found
+def installed_activations(model: nn.Module) -> dict[int, list[ParallelXIELU]]:
+    """The decoder layers of a pipeline stage, by 1-based number, with their xIELUs on this rank.
+
+    A dense layer has one, a mixture one per expert. Layers of multi-token prediction, which count
+    from 1 again, are no decoder layers.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    return {
+        layer.layer_number: [m for m in layer.modules() if isinstance(m, ParallelXIELU)]
+        for block in blocks
+        for layer in block.layers
+    }

@@ -171,12 +171,14 @@ class Observer:
 def gather_alphas(model: Sequence[nn.Module], num_layers: int) -> tuple[list[float], list[float]]:
     """Effective (a_p, a_n) of every decoder layer, in order, from all pipeline stages.
 
-    A collective over the pipeline group: every rank must call it.
+    Of a mixture it is the mean over the experts of one rank. A collective over the pipeline group:
+    every rank must call it.
     """
     alphas = torch.zeros(2, num_layers, device="cuda")
     for chunk in model:
-        for layer_number, activation in installed_activations(chunk).items():
-            alphas[:, layer_number - 1] = torch.cat(activation.effective_alphas())
+        for layer_number, activations in installed_activations(chunk).items():
+            effective = [torch.cat(activation.effective_alphas()) for activation in activations]
+            alphas[:, layer_number - 1] = torch.stack(effective).mean(0)
     torch.distributed.all_reduce(alphas, group=parallel_state.get_pipeline_model_parallel_group())
     return alphas[0].tolist(), alphas[1].tolist()
 

@@ -11,7 +11,11 @@ from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -119,7 +123,7 @@ def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         batch.update((key, value.cuda(non_blocking=True)) for key, value in sample.items())
-    return get_batch_on_this_tp_rank(
+    batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
@@ -130,8 +134,13 @@ def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        # multi-token prediction stands at the end of the last stage and reads the tokens again
+        mtp_on_this_rank=last and args.mtp_num_layers is not None,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
+    if args.context_parallel_size > 1:
+        group = mpu.get_context_parallel_group()
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return batch

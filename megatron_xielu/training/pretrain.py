@@ -221,7 +221,7 @@ class _Listener:
             tokens_per_step=recipe.training.global_batch_size * recipe.model.seq_length,
             flops_per_token=flops_per_token(recipe.model),
             num_devices=self._job.world_size,
-            peak_flops=peak_flops(self._job.machine.device_name),
+            peak_flops=_peak_flops(self._job.machine),
             start_step=run_dir.latest_step(self._job.run_dir),
             out=self._terminal,
         )
@@ -247,6 +247,14 @@ class _Listener:
         if self._reporter is not None:
             step = run_dir.latest_step(self._job.run_dir)
             print(f"stopped at step {step}, saved; the same command goes on", file=self._terminal)
+
+
+def _peak_flops(machine: Machine) -> float | None:
+    if machine.device == "cpu":
+        return None
+    import torch
+
+    return peak_flops(torch.cuda.get_device_name(launch.local_rank()))
 
 
 def _describe(error: BaseException, job: Job, log: Path) -> str:

@@ -23,18 +23,16 @@ class Machine:
     """What this machine has to offer."""
 
     device: Literal["cuda", "cpu"]
-    device_name: str
     num_gpus: int
     has_transformer_engine: bool
     has_gradient_fusion: bool
 
     @classmethod
     def detect(cls) -> Machine:
-        """Looks at the machine without importing Megatron or TransformerEngine."""
+        """Looks at the machine, but touches no GPU and imports no library that would."""
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return cls(
             device="cuda" if num_gpus else "cpu",
-            device_name=torch.cuda.get_device_name() if num_gpus else "CPU",
             num_gpus=num_gpus,
             has_transformer_engine=_has_module("transformer_engine"),
             has_gradient_fusion=_has_module(_GRADIENT_FUSION),

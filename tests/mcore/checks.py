@@ -66,7 +66,7 @@ def every_layer_has_its_own_xielu() -> None:
     model = build(config())
     found = installed_activations(model)
     assert sorted(found) == [1, 2, 3]
-    assert len({id(module) for module in found.values()}) == 3
+    assert len({id(module) for (module,) in found.values()}) == 3
     names = [name for name, _ in model.named_parameters() if "alpha" in name]
     assert names == [
         f"decoder.layers.{layer}.mlp.activation_func.alpha_{sign}"
@@ -75,7 +75,7 @@ def every_layer_has_its_own_xielu() -> None:
     ]
     logits_and_grads(model)
     assert all(float(p.grad.abs()) > 0 for n, p in model.named_parameters() if "alpha" in n)
-    assert all(isinstance(module, ParallelXIELU) for module in found.values())
+    assert all(isinstance(module, ParallelXIELU) for (module,) in found.values())
 
 
 def local_layers_use_our_norm_and_attention() -> None:
@@ -116,7 +116,7 @@ def a_gated_mlp_is_refused() -> None:
 
 
 def experts_get_their_own() -> None:
-    from megatron_xielu.mcore.activation import ParallelXIELU
+    from megatron_xielu.mcore.activation import ParallelXIELU, installed_activations
 
     mixture = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2}
     mixture |= {"moe_shared_expert_intermediate_size": 64, "moe_grouped_gemm": False}
@@ -125,6 +125,7 @@ def experts_get_their_own() -> None:
     # four experts and the shared one in each of three layers
     assert len(found) == 15
     assert len({id(p) for n, p in model.named_parameters() if "alpha" in n}) == 30
+    assert [len(modules) for modules in installed_activations(model).values()] == [5, 5, 5]
     logits_and_grads(model)
 
 
@@ -139,7 +140,7 @@ def a_module_without_room_for_alphas_is_named() -> None:
 
 
 def multi_token_prediction_is_reached_by_the_hook() -> None:
-    from megatron_xielu.mcore.activation import ParallelXIELU
+    from megatron_xielu.mcore.activation import ParallelXIELU, installed_activations
     from megatron_xielu.mcore.layer_specs import install_on_chunks
 
     model = build(config(mtp_num_layers=1))
@@ -147,6 +148,8 @@ def multi_token_prediction_is_reached_by_the_hook() -> None:
     found = [name for name, module in model.named_modules() if isinstance(module, ParallelXIELU)]
     assert len(found) == 4
     assert any(name.startswith("mtp.") for name in found)
+    # its layer counts from 1 again and must not stand for the decoder's first
+    assert [len(modules) for modules in installed_activations(model).values()] == [1, 1, 1]
 
 
 def settings_reach_the_modules() -> None:
@@ -154,7 +157,7 @@ def settings_reach_the_modules() -> None:
 
     transformer = config()
     transformer.activation_func = XIELUPlaceholder(1.25, 2.0, beta=0.75, impl="reference")
-    for module in installed_activations(build(transformer)).values():
+    for (module,) in installed_activations(build(transformer)).values():
         a_p, a_n = module.effective_alphas()
         assert (float(a_p), float(a_n)) == (pytest.approx(1.25), pytest.approx(2.0))
         assert (module.beta, module.impl) == (0.75, "reference")

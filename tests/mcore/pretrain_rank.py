@@ -72,7 +72,7 @@ def main() -> None:
             str(module.alpha_p.dtype),
         ]
         for chunk in chunks
-        for number, module in activation.installed_activations(chunk).items()
+        for number, (module,) in activation.installed_activations(chunk).items()
     }
     args.out.mkdir(parents=True, exist_ok=True)
     seen = {"steps": recorder.steps, "valid": recorder.valid, "alphas": alphas}
