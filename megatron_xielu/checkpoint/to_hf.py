@@ -8,7 +8,6 @@ about one file; no GPU, Megatron or transformers model is needed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from megatron_xielu.checkpoint.model_card import model_card
 from megatron_xielu.checkpoint.run import RunCheckpoint, check_arguments, open_run
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
+from megatron_xielu.folders import new_folder
 
 DType = Literal["auto", "fp32", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,7 +106,7 @@ def convert_to_hf(
     shards = _plan_shards(placements, dims, torch_dtype, max_shard_bytes)
     num_bytes = sum(shard.num_bytes for shard in shards)
     progress(f"step {run.iteration} of {run.run_dir}: {num_bytes / 1e9:.3g} GB as {name}")
-    with _new_folder(out_dir) as folder:
+    with _new_export(out_dir) as folder:
         _write_json(folder / "config.json", arcee_config(run.recipe, tokens, torch_dtype))
         num_parameters = _write_weights(reader, shards, dims, torch_dtype, folder, progress)
         _write_json(folder / "generation_config.json", generation_config(tokens))
@@ -265,22 +265,12 @@ def _refuse_foreign(out_dir: Path) -> None:
 
 
 @contextmanager
-def _new_folder(out_dir: Path) -> Iterator[Path]:
-    """A sibling folder that takes `out_dir`'s place when the block ends well, else vanishes."""
+def _new_export(out_dir: Path) -> Iterator[Path]:
+    """A new folder that takes `out_dir`'s place when the block ends well, else vanishes."""
     from safetensors import SafetensorError
 
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    previous = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.previous")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if out_dir.exists():
-            out_dir.rename(previous)
-        partial.rename(out_dir)
+        with new_folder(out_dir) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out_dir} could not be written: {error}. Nothing was changed.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if previous.exists() and not out_dir.exists():
-            previous.rename(out_dir)
-        shutil.rmtree(previous, ignore_errors=True)

@@ -264,6 +264,18 @@ _INDEX_CLASSES = {
 
 def _load_plain(data: bytes, source: Path) -> Any:
     """`torch.load` of plain values only; other classes are replaced by `Opaque`, never imported."""
+    # the answer must not depend on what else this process has imported: Megatron, once it is, has
+    # registered its classes
+    registered = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        return _load_registering(data, source)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(registered)
+
+
+def _load_registering(data: bytes, source: Path) -> Any:
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     known = {"argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath"}
     allowed: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath]

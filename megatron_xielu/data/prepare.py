@@ -16,7 +16,6 @@ from megatron_xielu.data.corpus import (
 )
 from megatron_xielu.data.encode import encode
 from megatron_xielu.data.files import check_inputs, read_texts
-from megatron_xielu.data.folder import leftovers, new_folder
 from megatron_xielu.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -36,6 +35,7 @@ from megatron_xielu.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_xielu.errors import UserError
+from megatron_xielu.folders import leftovers, new_folder
 
 __all__ = ["DatasetInfo", "check_dataset", "load_info", "prepare"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_xielu.data.folder import new_folder
 from megatron_xielu.errors import UserError
+from megatron_xielu.folders import new_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

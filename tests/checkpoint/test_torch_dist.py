@@ -96,6 +96,15 @@ def test_common_state(runs: dict[str, Path]) -> None:
     assert isinstance(state["args"].attention_backend, Opaque)
 
 
+def test_common_state_does_not_depend_on_what_was_imported(runs: dict[str, Path]) -> None:
+    # Megatron registers its classes with torch.load when it is imported
+    pytest.importorskip("megatron.core.safe_globals")
+    before = set(torch.serialization.get_safe_globals())
+    args = TorchDistReader(step_of(runs["gqa"])).common_state()["args"]
+    assert isinstance(args.attention_backend, Opaque)
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
 def test_older_common_state_is_a_file_of_its_own(copy_run: Callable[[str], Path]) -> None:
     step = step_of(copy_run("gqa"))
     torch.save({"iteration": 7, "where": Path("x")}, step / "common.pt")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xielu.data.folder import leftovers, new_folder
+from megatron_xielu.folders import leftovers, new_folder
 
 
 def names(folder: Path) -> list[str]:
