@@ -275,12 +275,6 @@ def test_a_longer_run_goes_on_and_says_what_changed(
     assert steps == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_run_folder_that_cannot_be_written(data_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    message = refused(command(tmp_path / "file" / "run", data_dir))
-    assert f"the run folder {tmp_path / 'file' / 'run'} cannot be written" in message
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB: room for one checkpoint of the small model and part of a second."""
@@ -292,6 +286,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield folder
     # lazily: a process that was just ended may still hold a file
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_run_folder_without_write_permission(data_dir: Path, small_disk: Path) -> None:
+    # root may write everywhere but on a file system that is read-only
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    message = refused(command(small_disk / "run", data_dir))
+    assert f"the run folder {small_disk / 'run'} cannot be written: Read-only file sys" in message
+
+
+def test_a_run_folder_that_cannot_be_written(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    message = refused(command(tmp_path / "file" / "run", data_dir))
+    assert f"the run folder {tmp_path / 'file' / 'run'} cannot be written" in message
 
 
 def test_a_full_disk_keeps_what_was_saved(data_dir: Path, small_disk: Path) -> None:
