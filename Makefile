@@ -1,5 +1,5 @@
 # Each target makes the environment it needs; `make PYTHON=/path/to/python3.13 venv` chooses the Python.
-# ARGS goes to the command: make test ARGS="-k ops", make quickstart ARGS="--nproc 2".
+# ARGS goes to the command: make test ARGS="-k ops", make quickstart ARGS="--dir /tmp/quickstart".
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 

@@ -27,11 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides += rest
     args.megatron_flags = tuple(words[split + 1 :])
+    if args.megatron_flags and not hasattr(args, "overrides"):
+        parser.error("only pretrain takes flags of Megatron's after --")
     try:
         return int(args.run(args) or 0)
     except UserError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("megatron_xielu"):
+            raise
         return _refuse(f"{error}; install what this command needs: pip install {_extra(error)}")
     except KeyboardInterrupt:
         return 130
@@ -62,8 +66,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         nproc=args.nproc,
         megatron_flags=args.megatron_flags,
     )
-    if args.dry_run:
-        dry_run(request)
+    if args.dry_run or args.for_gpu:
+        dry_run(request, for_gpu=args.for_gpu)
         return 0
     return pretrain(request)
 
@@ -143,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--dry-run", action="store_true", help="print recipe, numbers and Megatron's arguments"
+    )
+    command.add_argument(
+        "--for-gpu", action="store_true", help="a dry run for GPUs, on whatever machine"
     )
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_pretrain)

@@ -48,6 +48,7 @@ def environment(**variables: object) -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         # asserted by Megatron under tensor parallelism
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         # after the tests' own: a folder with TransformerEngine, say

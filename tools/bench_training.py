@@ -84,6 +84,9 @@ def run_transformers(steps: int) -> None:
 class Turns:
     """A listener that gives the turn away after each step; the wait is not part of a step."""
 
+    def begin(self, **_: Any) -> None:
+        pass
+
     def step(self, *, seconds_per_step: float, **_: Any) -> None:
         # Megatron's clock runs through the wait before the step, which belongs to the other side
         now = time.perf_counter()

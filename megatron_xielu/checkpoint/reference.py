@@ -22,6 +22,15 @@ cpu_platform.hide_gpu_libraries()
 from megatron_xielu.mcore.evaluate import main
 main(*sys.argv[1:])
 """
+# whatever job this is a part of
+_ALONE = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 _LINES_SHOWN = 15
 
 
@@ -41,7 +50,7 @@ def megatron_logits(run: RunCheckpoint) -> Callable[[list[list[int]]], list[Tens
             files = (run.path, run.run_dir / "recipe.yaml", asked, answer)
             done = subprocess.run(
                 [sys.executable, "-c", _PROGRAM, *map(str, files)],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, **_ALONE},
                 capture_output=True,
                 text=True,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,12 @@ def open_run(path: Path) -> RunCheckpoint:
     )
 
 
-def check_arguments(reader: TorchDistReader, recipe: Recipe) -> None:
+def check_arguments(
+    reader: TorchDistReader, recipe: Recipe, *, overridden: Collection[str] = ()
+) -> None:
     """Raises UserError where the arguments saved in the checkpoint contradict the recipe.
+
+    Names in `overridden` are the user's own affair: a flag of Megatron's set them.
 
     Weights do not show a wrong rope_theta or norm_epsilon: a recipe edited after the run would
     become a model that loads everywhere and talks nonsense.
@@ -63,7 +68,9 @@ def check_arguments(reader: TorchDistReader, recipe: Recipe) -> None:
     wrong = [
         f"  {name}: {saved!r} in the checkpoint, {expected!r} by the recipe"
         for name, expected in _expected_arguments(recipe, args).items()
-        if not isinstance(saved := getattr(args, name, expected), Opaque) and saved != expected
+        if name not in overridden
+        and not isinstance(saved := getattr(args, name, expected), Opaque)
+        and saved != expected
     ]
     if wrong:
         raise UserError(

@@ -94,6 +94,10 @@ SEAMS = (
         source="if USING_PYTORCH_OPTIMIZER:",
     ),
     Seam(
+        "megatron.core.optimizer.optimizer.param_group_identifier_keys",
+        "tells the alphas' parameter group from the norms' when a checkpoint is loaded",
+    ),
+    Seam(
         "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
         "tells the distributed optimizer where the step is counted",
     ),

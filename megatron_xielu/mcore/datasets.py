@@ -26,7 +26,7 @@ class Datasets:
     is_distributed = True
 
     def __init__(self) -> None:
-        self._valid: list[Any] = []
+        self._loaders: list[Any] = []
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         """Returns (train, valid, test) datasets of this rank, each None where it reads none."""
@@ -58,11 +58,10 @@ class Datasets:
         built = BlendedMegatronDatasetBuilder(dataset, sizes, built_here, config).build()
         # Megatron would start its own iterator after what earlier evaluations have read
         args.consumed_valid_samples = 0
-        self._valid.append(built[1])
+        self._loaders.append(build_pretraining_data_loader(built[1], 0))
         return built
 
     def from_the_first(self, iterators: Any) -> Any:
         """What replaces Megatron's validation iterator, or its list of one per model chunk."""
-        loaders = [build_pretraining_data_loader(valid, 0) for valid in self._valid]
-        fresh = [None if loader is None else RerunDataIterator(iter(loader)) for loader in loaders]
+        fresh = [None if it is None else RerunDataIterator(iter(it)) for it in self._loaders]
         return fresh if isinstance(iterators, list) else fresh[0]

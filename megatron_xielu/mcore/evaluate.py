@@ -7,7 +7,6 @@ Megatron's state is global and its CPU platform changes torch, so `main` wants a
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +71,6 @@ def logits_of(model: GPTModel, prompt: list[int]) -> Tensor:
 
 def main(checkpoint: str, recipe: str, prompts: str, out: str) -> None:
     """Write to `out` the list of the logits of each prompt in a JSON file of token ids."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
     with tempfile.TemporaryDirectory() as workdir:
         model = build_model(load_recipe(recipe), Path(workdir))
         load_weights(model, Path(checkpoint))

@@ -21,6 +21,9 @@ LOSS = "lm loss"
 class Listener(Protocol):
     """Receives the numbers on the reporting rank, the last one, which has the loss."""
 
+    def begin(self, *, start_step: int, train_iters: int, tokens_per_step: int) -> None:
+        """Everything is built and loaded; the numbers are Megatron's own, flags included."""
+
     def step(
         self,
         *,
@@ -56,6 +59,8 @@ class Observer:
         self._interval_start = 0.0
         self._valid_loss: float | None = None
         self._last_valid_step = -1
+        self._last_step = 0
+        self._valid_data: Any = None
 
     def attach(self) -> None:
         """Wrap the functions of the training loop that this needs."""
@@ -71,7 +76,15 @@ class Observer:
             valid_data: Any, process_non_loss: Any, config: Any, *args: Any, **kwargs: Any,
         ) -> Any:  # fmt: skip
             self.model = model
+            self._valid_data = valid_data
             run = get_args()
+            self._last_step = run.iteration
+            if _is_reporting_rank():
+                self.listener.begin(
+                    start_step=run.iteration,
+                    train_iters=run.train_iters,
+                    tokens_per_step=run.global_batch_size * run.seq_length,
+                )
             if self.evaluate_first and run.iteration == 0 and run.do_valid:
                 _training().evaluate_and_print_results(
                     "initialization", forward_step, valid_data, model, 0, process_non_loss, config
@@ -104,9 +117,11 @@ class Observer:
 
     def _around_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         def observed(forward_step: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-            data = self.datasets.from_the_first(data)
+            if data is self._valid_data:
+                data = self.datasets.from_the_first(data)
             losses, *rest = evaluate(forward_step, data, *args, **kwargs)
-            if LOSS in losses:
+            # nothing comes back when the time is up
+            if losses and LOSS in losses:
                 self._valid_loss = float(losses[LOSS])
             return losses, *rest
 
@@ -120,6 +135,9 @@ class Observer:
             **kwargs: Any,
         ) -> None:  # fmt: skip
             # Megatron evaluates once more after the last step, even if that step just did
+            if data is not self._valid_data:
+                report(prefix, forward_step, data, model, iteration, *args, **kwargs)
+                return
             if iteration == self._last_valid_step:
                 return
             self._last_valid_step = iteration
@@ -143,13 +161,14 @@ class Observer:
     def _report_step(self, iteration: int, lr: float | None, grad_norm: float | None) -> None:
         alpha_p, alpha_n = gather_alphas(self.model, get_args().num_layers)
         losses, self._losses = self._losses, []
+        begin, self._interval_start = self._interval_start, time.perf_counter()
+        steps, self._last_step = iteration - self._last_step, iteration
         if not _is_reporting_rank() or not losses:
             return
         # reading the loss waits for the device, so the clock is read after it
         loss = float(torch.stack(losses).mean())
-        now = time.perf_counter()
-        seconds = (now - self._interval_start) / get_args().log_interval
-        self._interval_start = now
+        self._interval_start = time.perf_counter()
+        seconds = (self._interval_start - begin) / steps
         writer = get_tensorboard_writer()
         if writer is not None:
             for layer, (a_p, a_n) in enumerate(zip(alpha_p, alpha_n, strict=True)):

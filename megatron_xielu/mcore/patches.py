@@ -78,8 +78,11 @@ def group_alphas(lr_mult: float | None = None) -> None:
         _check_optimizer_can_save(args)
         config, overrides = build(args)
         alphas = ParamKey(name="*.activation_func.alpha_*")
-        rates = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
-        return config, {**(overrides or {}), alphas: rates}
+        # loading a checkpoint tells groups apart by these values; without the last two this group
+        # would look like the norms'
+        own = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
+        own |= {"start_wd": 0.0, "end_wd": 0.0}
+        return config, {**(overrides or {}), alphas: own}
 
     training.get_megatron_optimizer_config = with_alphas
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.training import pretrain as megatron_pretrain
 from torch import Tensor
 
+from megatron_xielu.errors import UserError
 from megatron_xielu.mcore import contract, cpu_platform, patches
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
@@ -55,8 +58,7 @@ def pretrain(
     patches.skip_dataset_helper_build()
     patches.use_group_step_adamw()
     patches.group_alphas(alpha_lr_mult)
-    with patches.command_line(argv):
-        args = parse_and_validate_args()
+    args = _parse(argv)
     model = gpt_config_from_args(args)
     use_xielu(model.transformer, activation)
     # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
@@ -70,6 +72,15 @@ def pretrain(
         ModelType.encoder_or_decoder,
         forward_step,
     )
+
+
+def _parse(argv: Sequence[str]) -> Any:
+    with patches.command_line(argv), redirect_stderr(io.StringIO()) as said:
+        try:
+            return parse_and_validate_args()
+        except SystemExit as refusal:
+            reason = said.getvalue().strip().splitlines()[-1:] or [str(refusal)]
+            raise UserError(f"Megatron refuses its arguments: {reason[0]}") from refusal
 
 
 def forward_step(data_iterator: Any, model: GPTModel) -> tuple[Tensor, Any]:

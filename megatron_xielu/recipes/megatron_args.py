@@ -26,11 +26,13 @@ def megatron_args(
     precision: Literal["fp32", "bf16"],
     transformer_impl: Literal["local", "transformer_engine"],
     gradient_accumulation_fusion: bool = False,
+    cache: str = "",
 ) -> list[str]:
     """Returns the flags of a run that passed `check`, with the derived choices resolved.
 
     `model.vocab_size` must be set. `gradient_accumulation_fusion` needs Apex's extension
     `fused_weight_gradient_mlp_cuda`, without which upstream refuses to build the output layer.
+    `cache` is a folder below run_dir/cache for the dataset's index files.
     The recipe's `xielu` section has no upstream flag and is not part of the result.
     """
     flags: list[str] = []
@@ -38,7 +40,7 @@ def megatron_args(
         _model(recipe.model),
         _training(recipe),
         _parallel(recipe, world_size, device),
-        _data(recipe, run_dir),
+        _data(recipe, run_dir / "cache" / cache),
         _checkpoint(recipe, run_dir),
         _logging(recipe, run_dir),
         _precision(precision),
@@ -120,12 +122,12 @@ def _parallel(recipe: Recipe, world_size: int, device: str) -> Flags:
     }
 
 
-def _data(recipe: Recipe, run_dir: Path) -> Flags:
+def _data(recipe: Recipe, cache: Path) -> Flags:
     flags: dict[str, str | int | float | bool | Path] = {
         "--num-workers": recipe.data.num_workers,
         # attention is causal throughout, and a mask costs seq_length^2 bytes per sample
         "--no-create-attention-mask-in-dataloader": True,
-        "--data-cache-path": run_dir / "cache",
+        "--data-cache-path": cache,
     }
     if recipe.data.path is not None:
         folder = Path(recipe.data.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -17,6 +18,7 @@ from typing import TextIO
 # a rank whose peer died hangs in a collective; it gets this long to notice by itself
 _GRACE_SECONDS = 5.0
 ERROR_MARK = "error: "
+_PR_SET_PDEATHSIG = 1
 _ERROR_PIPE = "MEGATRON_XIELU_ERROR_PIPE"
 
 
@@ -28,6 +30,12 @@ def is_rank() -> bool:
 def is_child() -> bool:
     """Whether `launch` started this process and reports its end."""
     return _ERROR_PIPE in os.environ
+
+
+def end_with_parent() -> None:
+    """Let this rank get SIGTERM when the process that started it dies (Linux)."""
+    if is_child() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def rank() -> int:
@@ -50,40 +58,50 @@ def log_path(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank_{rank:05d}.log"
 
 
-def launch(arguments: Sequence[str], nproc: int, log_dir: Path) -> int:
+def launch(
+    arguments: Sequence[str], nproc: int, log_dir: Path, *, keep_open: Sequence[int] = ()
+) -> int:
     """Run `python -m megatron_xielu ARGUMENTS` as `nproc` ranks of this machine until they end.
 
-    SIGINT and SIGTERM reach every rank as SIGTERM, which saves and ends the run; a second one ends
-    the ranks at once. When a rank fails, the others are ended and its error is printed.
+    SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM, which saves and ends the run; a second
+    one ends the ranks at once. When a rank fails, the others are ended and its error is printed.
+
+    Args:
+        keep_open: file descriptors that the ranks inherit.
 
     Returns:
-        0, or the exit code of the first rank that failed.
+        0, or the exit code of the rank that failed.
     """
     port = _free_port()
-    ranks, errors = [], []
-    for rank in range(nproc):
-        error, error_end = os.pipe()
-        errors.append(error)
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "megatron_xielu", *arguments],
-                env=_environment(rank, nproc, port, error_end),
-                pass_fds=[error_end],
-                # Ctrl-C reaches this process alone
-                start_new_session=True,
-            )
-        )
-        os.close(error_end)
+    ranks: list[subprocess.Popen[bytes]] = []
+    errors: list[int] = []
+    ended: list[int] = []
     try:
         with _forwarding_signals(ranks):
-            failed = _wait(ranks)
+            for rank in range(nproc):
+                error, error_end = os.pipe()
+                errors.append(error)
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "megatron_xielu", *arguments],
+                        env=_environment(rank, nproc, port, error_end),
+                        pass_fds=[error_end, *keep_open],
+                        # Ctrl-C reaches this process alone
+                        start_new_session=True,
+                    )
+                )
+                os.close(error_end)
+            _wait(ranks)
+            ended = _settle(ranks)
     finally:
-        _end(ranks)
+        _kill(ranks)
     messages = [_read(error) for error in errors]
-    if failed is None:
+    failed = [rank for rank in ended if ranks[rank].returncode]
+    if not failed:
         return 0
-    code = ranks[failed].returncode
-    message = messages[failed] or _explain(failed, code, log_path(log_dir, failed))
+    rank = min(failed, key=lambda rank: _consequence(ranks[rank].returncode, messages[rank]))
+    code = ranks[rank].returncode
+    message = messages[rank] or _explain(rank, code, log_path(log_dir, rank))
     print(f"{ERROR_MARK}{message}", file=sys.stderr, flush=True)
     return code if code in (1, 2) else 1
 
@@ -120,7 +138,7 @@ def logged_to(path: Path) -> Iterator[TextIO]:
 
 
 def _environment(rank: int, nproc: int, port: int, error_end: int) -> Mapping[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // nproc)
+    threads = max(1, _num_cpus() // nproc)
     defaults = {
         "OMP_NUM_THREADS": str(threads),
         # torch on a CPU: large buffers in huge pages, which page faults otherwise dominate
@@ -137,6 +155,13 @@ def _environment(rank: int, nproc: int, port: int, error_end: int) -> Mapping[st
         "MASTER_PORT": str(port),
         _ERROR_PIPE: str(error_end),
     }
+
+
+def _num_cpus() -> int:
+    # what this process may use, which in a container is less than what there is
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _free_port() -> int:
@@ -157,7 +182,8 @@ def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[No
         if len(received) == 1:
             print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
-    kept = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    kept = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield
     finally:
@@ -165,26 +191,36 @@ def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[No
             signal.signal(number, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The first rank that failed, or None when all have ended well."""
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended well or one has failed."""
     while True:
         codes = [process.poll() for process in ranks]
-        for rank, code in enumerate(codes):
-            if code:
-                return rank
-        if all(code == 0 for code in codes):
-            return None
+        if any(codes) or all(code == 0 for code in codes):
+            return
         time.sleep(0.05)
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+def _settle(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The ranks that end by themselves within the grace period, which shows who was first."""
     deadline = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+        time.sleep(0.05)
+    return [rank for rank, process in enumerate(ranks) if process.returncode is not None]
+
+
+def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in ranks:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        # the rank's session holds its data loader workers too
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _consequence(code: int, message: str) -> int:
+    """How likely a rank's failure only follows from another's: 0 for what came from outside."""
+    if code < 0:
+        return 0
+    return 2 if "onnection closed by peer" in message or "onnection reset" in message else 1
 
 
 def _explain(rank: int, code: int, log: Path) -> str:
@@ -196,5 +232,8 @@ def _explain(rank: int, code: int, log: Path) -> str:
 
 
 def _read(descriptor: int) -> str:
-    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as pipe:
-        return pipe.read()
+    # the process has ended, but a worker it left may still hold the other end
+    os.set_blocking(descriptor, False)
+    with suppress(BlockingIOError), os.fdopen(descriptor, "rb", buffering=0) as pipe:
+        return (pipe.read(1 << 16) or b"").decode(errors="replace")
+    return ""

@@ -56,6 +56,7 @@ class Job:
     world_size: int
     machine: Machine
     megatron_flags: tuple[str, ...]
+    data: DatasetInfo | None
 
     def argv(self) -> list[str]:
         """Megatron's flags; the user's own come last, and the last one wins."""
@@ -68,14 +69,23 @@ class Job:
             precision=recipe.training.precision,  # type: ignore[arg-type]
             transformer_impl=recipe.model.transformer_impl,  # type: ignore[arg-type]
             gradient_accumulation_fusion=self.machine.has_gradient_fusion,
+            # Megatron names its index files by the data's path alone
+            cache=self.data.train.sha256[:12] if self.data else "",
         )
         return [*flags, *self.megatron_flags]
 
 
-def dry_run(request: Request) -> None:
-    """Print the resolved recipe, every derived number and Megatron's arguments; start nothing."""
+def dry_run(request: Request, *, for_gpu: bool = False) -> None:
+    """Print the resolved recipe, every derived number and Megatron's arguments; start nothing.
+
+    Args:
+        for_gpu: plan for GPUs with TransformerEngine, whatever this machine has.
+    """
     recipe = load_recipe(request.recipe, request.overrides)
-    job = _job(request, recipe, check_data=recipe.data.path is not None)
+    # a plan is for any machine, so this one's GPUs set no limit
+    machine = Machine.gpu() if for_gpu else Machine.detect()
+    has_data = recipe.data.path is not None
+    job = _job(request, recipe, machine, check_data=has_data, starting=False)
     print(to_yaml(job.recipe))
     print(format_plan(plan(job.recipe, job.world_size)))
     print("\nMegatron arguments:")
@@ -93,29 +103,31 @@ def pretrain(request: Request) -> int:
         # read when the GPU is first touched; Megatron asks for it under tensor parallelism
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         return _run_rank(request, recipe)
-    job = _job(request, recipe, check_data=True)
-    run_dir.claim(job.run_dir, job.recipe, progress=print)
+    job = _job(request, recipe, Machine.detect(), check_data=True)
+    lock = _claim(job)
     print(format_plan(plan(job.recipe, job.world_size)))
-    print(
-        f"\nrun folder {job.run_dir}, {job.world_size} ranks, logs in {run_dir.LOGS}/\n", flush=True
-    )
+    ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
+    print(f"\nrun folder {job.run_dir}, {ranks}, logs in {run_dir.LOGS}/\n", flush=True)
     # the ranks read the resolved recipe, so that all of them see the same run
     arguments = ["pretrain", "--recipe", str(job.run_dir / run_dir.RECIPE)]
     arguments += ["--run-dir", str(job.run_dir), "--", *job.megatron_flags]
-    return launch.launch(arguments, job.world_size, job.run_dir / run_dir.LOGS)
+    logs = job.run_dir / run_dir.LOGS
+    return launch.launch(arguments, job.world_size, logs, keep_open=[lock])
 
 
-def _job(request: Request, recipe: Recipe, *, check_data: bool) -> Job:
-    machine = Machine.detect()
+def _job(
+    request: Request, recipe: Recipe, machine: Machine, *, check_data: bool, starting: bool = True
+) -> Job:
     parallel = recipe.parallel
     pieces = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    world_size = request.nproc or machine.num_gpus or pieces
+    world_size = request.nproc or (machine.num_gpus if starting else 0) or pieces
     if launch.is_rank():
         world_size = launch.world_size()
-    elif 0 < machine.num_gpus < world_size:
+    elif starting and 0 < machine.num_gpus < max(world_size, pieces):
         raise UserError(
-            f"{world_size} ranks need as many GPUs, this machine has {machine.num_gpus}: set "
-            f"--nproc {machine.num_gpus}, or start the run on more machines with torchrun"
+            f"the run needs {max(world_size, pieces)} GPUs (tensor x pipeline parallelism is "
+            f"{pieces}), this machine has {machine.num_gpus}: set --nproc and "
+            "parallel.tensor_model_parallel_size to what it has, or use more machines with torchrun"
         )
     check(recipe, world_size)
     data = _data(recipe, request.megatron_flags) if check_data else None
@@ -123,7 +135,7 @@ def _job(request: Request, recipe: Recipe, *, check_data: bool) -> Job:
     check(resolved, world_size)
     _check_resolved(resolved)
     folder = (request.run_dir or Path("runs") / recipe.name).absolute()
-    return Job(resolved, folder, world_size, machine, request.megatron_flags)
+    return Job(resolved, folder, world_size, machine, request.megatron_flags, data)
 
 
 def _check_resolved(recipe: Recipe) -> None:
@@ -148,16 +160,17 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
             "give data.path=DIR"
         )
     folder = Path(recipe.data.path)
-    # one rank of a machine reads the files, the others only need the manifest
-    if launch.is_rank() and launch.local_rank() > 0:
+    # one process of a machine reads the files, the others only need the manifest
+    if launch.is_child() or (launch.is_rank() and launch.local_rank() > 0):
         return load_info(folder)
     return check_dataset(folder, vocab_size=recipe.model.vocab_size, progress=print)
 
 
 def _run_rank(request: Request, recipe: Recipe) -> int:
-    job = _job(request, recipe, check_data=not launch.is_child())
+    job = _job(request, recipe, Machine.detect(), check_data=True)
     if not launch.is_child() and launch.rank() == 0:
-        run_dir.claim(job.run_dir, job.recipe, progress=print)
+        _claim(job)
+    launch.end_with_parent()
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
     with launch.logged_to(log) as terminal:
         try:
@@ -170,8 +183,12 @@ def _run_rank(request: Request, recipe: Recipe) -> int:
                 sys.stderr.flush()
             launch.report_error(_describe(error, job, log), terminal)
             # without the other ranks no collective ends, so nothing may wait for one on exit
-            os._exit(1)
+            os._exit(2 if isinstance(error, UserError) else 1)
     return 0
+
+
+def _claim(job: Job) -> int:
+    return run_dir.claim(job.run_dir, job.recipe, megatron_flags=job.megatron_flags, progress=print)
 
 
 def _train(job: Job, terminal: TextIO) -> None:
@@ -210,19 +227,16 @@ class _Listener:
         self._job = job
         self._terminal = terminal
         self._reporter: Reporter | None = None
-        if launch.rank() == launch.world_size() - 1:
-            self._reporter = self._make_reporter()
 
-    def _make_reporter(self) -> Reporter:
-        recipe = self._job.recipe
-        return Reporter(
+    def begin(self, *, start_step: int, train_iters: int, tokens_per_step: int) -> None:
+        self._reporter = Reporter(
             run_dir=self._job.run_dir,
-            train_iters=recipe.training.train_iters,
-            tokens_per_step=recipe.training.global_batch_size * recipe.model.seq_length,
-            flops_per_token=flops_per_token(recipe.model),
+            train_iters=train_iters,
+            tokens_per_step=tokens_per_step,
+            flops_per_token=flops_per_token(self._job.recipe.model),
             num_devices=self._job.world_size,
             peak_flops=_peak_flops(self._job.machine),
-            start_step=run_dir.latest_step(self._job.run_dir),
+            start_step=start_step,
             out=self._terminal,
         )
 
@@ -261,17 +275,18 @@ def _describe(error: BaseException, job: Job, log: Path) -> str:
     if isinstance(error, UserError):
         return str(error)
     step = run_dir.latest_step(job.run_dir)
-    saved = f"step {step} is saved whole, and the same command goes on from it"
+    saved = f"step {step} is saved whole, and training can go on from it"
     if not step:
         saved = "nothing was saved yet"
     if _is_disk_full(error, job.run_dir):
         return f"the disk of {job.run_dir} is full; make room: {saved}"
-    summary = traceback.format_exception_only(error)[-1].strip()
+    summary = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     return f"rank {launch.rank()}: {summary}\n{saved}; the whole story is in {log}"
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    if any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in _chain(error)):
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if any(isinstance(e, OSError) and e.errno in full for e in _chain(error)):
         return True
     # checkpoint writers report through strings and other ranks' exceptions
     return "No space left" in str(error) or shutil.disk_usage(folder).free < 4096

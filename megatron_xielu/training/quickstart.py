@@ -14,7 +14,7 @@ from megatron_xielu.checkpoint.generate import generate_text
 from megatron_xielu.checkpoint.reference import megatron_logits
 from megatron_xielu.checkpoint.run import open_run
 from megatron_xielu.checkpoint.to_hf import convert_to_hf
-from megatron_xielu.checkpoint.verify import VerifyReport, verify_export
+from megatron_xielu.checkpoint.verify import VerifyError, VerifyReport, verify_export
 from megatron_xielu.data.manifest import DatasetInfo
 from megatron_xielu.data.prepare import prepare
 from megatron_xielu.training import run_dir
@@ -43,7 +43,11 @@ def quickstart(folder: Path) -> int:
     with clock("export"):
         convert_to_hf(run, hf)
     with clock("verification"):
-        report = verify_export(hf, run, reference_logits=megatron_logits(open_run(run)))
+        try:
+            report = verify_export(hf, run, reference_logits=megatron_logits(open_run(run)))
+        except VerifyError as error:
+            print(f"error: the export is not the trained model: {error}", file=sys.stderr)
+            return 1
         print(report)
     with clock("text"):
         texts = generate_text(hf, PROMPTS, NEW_TOKENS, seed=0)
@@ -119,5 +123,5 @@ next
   {command} generate {hf} "{PROMPTS[0]}"
   {command} pretrain --recipe {RECIPE} --run-dir {run.parent / "longer"} data.path={data} \\
       training.train_iters=1000 schedule.lr_wsd_decay_iters=200
-  {command} pretrain --recipe llama-1.1b-xielu --dry-run
+  {command} pretrain --recipe llama-1.1b-xielu --for-gpu --nproc 88
 """

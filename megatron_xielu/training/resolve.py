@@ -38,6 +38,11 @@ class Machine:
             has_gradient_fusion=_has_module(_GRADIENT_FUSION),
         )
 
+    @classmethod
+    def gpu(cls) -> Machine:
+        """A GPU machine as the container has it, for plans made elsewhere."""
+        return cls("cuda", num_gpus=0, has_transformer_engine=True, has_gradient_fusion=False)
+
 
 def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recipe:
     """The recipe with nothing left to "auto".

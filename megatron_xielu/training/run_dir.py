@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_xielu.checkpoint.run import check_arguments, open_run
@@ -15,13 +18,16 @@ from megatron_xielu.recipes import Recipe, diff, load_recipe, to_yaml
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
+FLAGS = "megatron_flags.txt"
 _LATEST = "latest_checkpointed_iteration.txt"
 # what may differ between two starts of one run: how it is computed, reported and saved, and how
 # long it goes on; all else would make it another run
 _MAY_CHANGE = (
     "checkpoint.",
     "logging.",
-    "parallel.",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.sequence_parallel",
+    "parallel.tensor_model_parallel_size",
     "schedule.",
     "data.path",
     "data.num_workers",
@@ -36,17 +42,38 @@ _MAY_CHANGE = (
 def latest_step(run_dir: Path) -> int:
     """The step of the newest whole checkpoint, 0 if there is none."""
     path = run_dir / CHECKPOINTS / _LATEST
-    return int(path.read_text()) if path.is_file() else 0
+    if not path.is_file():
+        return 0
+    text = path.read_text().strip()
+    if not text.isdigit():
+        whole = [_step_of(folder) for folder in _step_folders(run_dir) if _is_whole(folder)]
+        raise UserError(
+            f"{path} says {text!r} instead of a step number: its last write was cut off. Write "
+            f"{max(whole, default=0)} into it, the newest whole step, or remove it to start anew."
+        )
+    return int(text)
 
 
-def claim(run_dir: Path, recipe: Recipe, *, progress: Callable[[str], None]) -> int:
+def claim(
+    run_dir: Path,
+    recipe: Recipe,
+    *,
+    megatron_flags: Sequence[str] = (),
+    progress: Callable[[str], None],
+) -> int:
     """Make or re-enter a run folder and write the recipe into it.
 
+    No other process takes the folder until this one and the ranks it starts have ended.
+
+    Args:
+        megatron_flags: what the user gave to Megatron beside the recipe, kept for the next start.
+
     Returns:
-        The step to go on from, 0 for a new run.
+        An open file that holds the folder's lock; child processes that inherit it hold it too.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run of another recipe or model.
+        UserError: the folder cannot be written, is in use, or holds a run of another recipe or
+            model.
     """
     step = latest_step(run_dir)
     if (run_dir / RECIPE).is_file():
@@ -59,11 +86,11 @@ def claim(run_dir: Path, recipe: Recipe, *, progress: Callable[[str], None]) -> 
     if step:
         checkpoint = open_run(run_dir)
         reader = TorchDistReader(checkpoint.path)
-        check_arguments(reader, recipe)
+        check_arguments(reader, recipe, overridden=_names(megatron_flags))
         reader.check_files(reader.keys())
-    _write(run_dir, recipe)
+    lock = _write(run_dir, recipe, megatron_flags, progress)
     _remove_unfinished(run_dir, step, progress)
-    return step
+    return lock
 
 
 def _check_same_run(run_dir: Path, recipe: Recipe, progress: Callable[[str], None]) -> None:
@@ -79,13 +106,22 @@ def _check_same_run(run_dir: Path, recipe: Recipe, progress: Callable[[str], Non
         progress(f"changed since the last start: {change}")
 
 
-def _write(run_dir: Path, recipe: Recipe) -> None:
+def _write(
+    run_dir: Path, recipe: Recipe, flags: Sequence[str], progress: Callable[[str], None]
+) -> int:
     try:
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+        lock = _lock(run_dir)
+        given = run_dir / FLAGS
+        before = given.read_text() if given.is_file() else ""
+        if before != shlex.join(flags) and (run_dir / RECIPE).is_file():
+            progress(f"Megatron flags since the last start: {before!r} -> {shlex.join(flags)!r}")
+        given.write_text(shlex.join(flags))
         partial = run_dir / f".{RECIPE}.{os.getpid()}"
         partial.write_text(to_yaml(recipe), encoding="utf-8")
         partial.replace(run_dir / RECIPE)
+        return lock
     except OSError as error:
         raise UserError(
             f"the run folder {run_dir} cannot be written: {error.strerror}. Choose another "
@@ -93,9 +129,40 @@ def _write(run_dir: Path, recipe: Recipe) -> None:
         ) from error
 
 
+def _lock(run_dir: Path) -> int:
+    descriptor = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{run_dir} is in use by another process: wait for it, end it, or choose another "
+            "--run-dir. To start many ranks by a scheduler, use torchrun."
+        ) from None
+    return descriptor
+
+
+def _names(flags: Sequence[str]) -> set[str]:
+    """Megatron's names of the arguments that flags set: --rotary-percent 0.5 is rotary_percent."""
+    return {word.removeprefix("--").replace("-", "_") for word in flags if word.startswith("--")}
+
+
+def _step_folders(run_dir: Path) -> list[Path]:
+    folders = (run_dir / CHECKPOINTS).glob("iter_*")
+    return sorted(folder for folder in folders if re.fullmatch(r"iter_\d{7,}", folder.name))
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("iter_"))
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / INDEX).is_file()
+
+
 def _remove_unfinished(run_dir: Path, step: int, progress: Callable[[str], None]) -> None:
-    # a save that was cut off leaves a folder without its index, which the next save would trip over
-    for folder in sorted((run_dir / CHECKPOINTS).glob("iter_*")):
-        if int(folder.name.removeprefix("iter_")) > step and not (folder / INDEX).is_file():
+    # no save can be at work: the folder is locked
+    for folder in _step_folders(run_dir):
+        if _step_of(folder) > step and not _is_whole(folder):
             shutil.rmtree(folder)
             progress(f"removed {folder}: its save was cut off")

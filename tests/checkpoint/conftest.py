@@ -81,6 +81,7 @@ def _launch(jobs: Path, world_size: int) -> None:
                 # Megatron refuses tensor parallelism without it
                 "CUDA_DEVICE_MAX_CONNECTIONS": "1",
                 "PYTHONPATH": str(root),
+                "CUDA_VISIBLE_DEVICES": "",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -22,6 +22,9 @@ class Recorder:
         self.steps: list[dict[str, Any]] = []
         self.valid: list[dict[str, Any]] = []
 
+    def begin(self, **numbers: Any) -> None:
+        pass
+
     def step(self, **numbers: Any) -> None:
         self.steps.append(numbers)
 
