@@ -77,7 +77,7 @@ def launch(
     errors: list[int] = []
     ended: list[int] = []
     try:
-        with _forwarding_signals(ranks):
+        with _forwarding_signals(ranks) as signals:
             for rank in range(nproc):
                 error, error_end = os.pipe()
                 errors.append(error)
@@ -91,13 +91,18 @@ def launch(
                     )
                 )
                 os.close(error_end)
+            if signals:
+                # it came while a rank was being started, which was not in the list yet
+                for process in ranks:
+                    process.send_signal(signal.SIGTERM)
             _wait(ranks)
             ended = _settle(ranks)
     finally:
         _kill(ranks)
     messages = [_read(error) for error in errors]
     failed = [rank for rank in ended if ranks[rank].returncode]
-    if not failed:
+    # a rank that was stopped before Megatron listens to signals ends by the signal itself
+    if not failed or (signals and all(ranks[r].returncode == -signal.SIGTERM for r in failed)):
         return 0
     rank = min(failed, key=lambda rank: _consequence(ranks[rank].returncode, messages[rank]))
     code = ranks[rank].returncode
@@ -171,7 +176,7 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -185,7 +190,7 @@ def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[No
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     kept = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield
+        yield received
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

@@ -274,7 +274,9 @@ def _peak_flops(machine: Machine) -> float | None:
 def _describe(error: BaseException, job: Job, log: Path) -> str:
     if isinstance(error, UserError):
         return str(error)
-    step = run_dir.latest_step(job.run_dir)
+    step = 0
+    with contextlib.suppress(UserError, OSError):
+        step = run_dir.latest_step(job.run_dir)
     saved = f"step {step} is saved whole, and training can go on from it"
     if not step:
         saved = "nothing was saved yet"

@@ -402,6 +402,26 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
+def test_a_stop_before_training_begins_is_no_failure(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(folder, data_dir), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        # printed just before the ranks start, which then import for seconds
+        while "run folder" not in process.stdout.readline():
+            assert process.poll() is None
+        while not ranks_of(process.pid):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert metrics(folder) == []
+
+
 def test_ranks_end_with_their_launcher_and_the_folder_is_locked_until_then(
     data_dir: Path, tmp_path: Path
 ) -> None:
