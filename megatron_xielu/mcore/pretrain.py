@@ -21,6 +21,7 @@ from megatron.core.utils import (
 from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.global_vars import get_tensorboard_writer
 from megatron.training.training import pretrain as megatron_pretrain
 from torch import Tensor
 
@@ -66,12 +67,18 @@ def pretrain(
     model.pre_wrap_hooks.append(install_on_chunks)
     datasets = Datasets()
     Observer(listener, datasets, evaluate_first=evaluate_first).attach()
-    megatron_pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    try:
+        megatron_pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    finally:
+        # Megatron leaves what came after the last step to the end of the process
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
 
 
 def _parse(argv: Sequence[str]) -> Any:

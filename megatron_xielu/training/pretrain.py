@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
@@ -102,7 +102,7 @@ def pretrain(request: Request) -> int:
     if launch.is_rank():
         # read when the GPU is first touched; Megatron asks for it under tensor parallelism
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        return _run_rank(request, recipe)
+        _run_rank(request, recipe)
     job = _job(request, recipe, Machine.detect(), check_data=True)
     lock = _claim(job)
     print(format_plan(plan(job.recipe, job.world_size)))
@@ -166,7 +166,7 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
     return check_dataset(folder, vocab_size=recipe.model.vocab_size, progress=print)
 
 
-def _run_rank(request: Request, recipe: Recipe) -> int:
+def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
     job = _job(request, recipe, Machine.detect(), check_data=True)
     if not launch.is_child() and launch.rank() == 0:
         _claim(job)
@@ -184,7 +184,9 @@ def _run_rank(request: Request, recipe: Recipe) -> int:
             launch.report_error(_describe(error, job, log), terminal)
             # without the other ranks no collective ends, so nothing may wait for one on exit
             os._exit(2 if isinstance(error, UserError) else 1)
-    return 0
+    # a data loader's workers inherit the handler that turns SIGTERM into a request, so that Python
+    # would wait for them for good; they end by themselves once this process is gone
+    os._exit(0)
 
 
 def _claim(job: Job) -> int:

@@ -24,6 +24,8 @@ from tests.ranks import environment
 
 STEPS = 40
 LONG = (
+    # forked workers inherit signal handlers, which must not keep a stopped run from ending
+    "data.num_workers=1",
     f"training.train_iters={STEPS}",
     "schedule.lr_wsd_decay_iters=10",
     "logging.eval_interval=10",
