@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import megatron.training.training
 import torch
 from megatron.core import parallel_state
 from megatron.training.global_vars import get_args, get_tensorboard_writer
@@ -86,7 +87,7 @@ class Observer:
                     tokens_per_step=run.global_batch_size * run.seq_length,
                 )
             if self.evaluate_first and run.iteration == 0 and run.do_valid:
-                _training().evaluate_and_print_results(
+                megatron.training.training.evaluate_and_print_results(
                     "initialization", forward_step, valid_data, model, 0, process_non_loss, config
                 )
             self._interval_start = time.perf_counter()
@@ -134,10 +135,10 @@ class Observer:
             prefix: str, forward_step: Any, data: Any, model: Any, iteration: int, *args: Any,
             **kwargs: Any,
         ) -> None:  # fmt: skip
-            # Megatron evaluates once more after the last step, even if that step just did
             if data is not self._valid_data:
                 report(prefix, forward_step, data, model, iteration, *args, **kwargs)
                 return
+            # Megatron evaluates once more after the last step, even if that step just did
             if iteration == self._last_valid_step:
                 return
             self._last_valid_step = iteration
@@ -204,9 +205,3 @@ def gather_alphas(model: Sequence[nn.Module], num_layers: int) -> tuple[list[flo
 
 def _is_reporting_rank() -> bool:
     return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-
-
-def _training() -> Any:
-    import megatron.training.training
-
-    return megatron.training.training
