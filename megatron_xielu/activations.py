@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_xielu.ops.dispatch import Impl
+from megatron_xielu.ops.functional import xielu
 from megatron_xielu.ops.reference import inverse_softplus
-from megatron_xielu.ops.xielu import Impl, xielu
 
 
 class XIELU(nn.Module):

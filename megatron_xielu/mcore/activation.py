@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatron_xielu.activations import XIELU
 from megatron_xielu.ops import xielu
-from megatron_xielu.ops.xielu import Impl
+from megatron_xielu.ops.dispatch import Impl
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Pure tensor functions: no modules, no Megatron."""
 
-from megatron_xielu.ops.xielu import xielu
+from megatron_xielu.ops.functional import relu2, xielu, xiep, xiprelu
 
-__all__ = ["xielu"]
+__all__ = ["relu2", "xielu", "xiep", "xiprelu"]

@@ -10,7 +10,8 @@ import torch
 from megatron_xielu import xielu
 from megatron_xielu.ops.reference import inverse_softplus, xielu_reference
 
-IMPLS = ["eager", "reference"]
+IMPLS = ["cpu", "eager", "reference"]
+WIDE_IMPLS = ["eager", "reference"]  # those that compute float64
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ALPHAS = [(0.8, 0.8), (0.05, 0.51), (3.0, 2.0), (0.2, 8.0)]
 
@@ -33,7 +34,7 @@ def truth(x: float, a_p: float, a_n: float, beta: float = 0.5) -> tuple[float, f
     return a_n * (math.expm1(x) - x) + beta * x, a_n * math.expm1(x) + beta
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WIDE_IMPLS)
 @pytest.mark.parametrize(("a_p", "a_n"), ALPHAS)
 def test_float64_is_the_formula(impl: str, a_p: float, a_n: float) -> None:
     x = inputs(torch.float64, 500)
@@ -44,7 +45,7 @@ def test_float64_is_the_formula(impl: str, a_p: float, a_n: float) -> None:
     torch.testing.assert_close(torch.stack((y.detach(), dx), 1), expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WIDE_IMPLS)
 def test_gradients_are_those_of_finite_differences(impl: str) -> None:
     x = inputs(torch.float64, 40).detach().reshape(5, 8).requires_grad_()
     alphas = raw(0.7, 1.3, torch.float64)
@@ -57,6 +58,8 @@ def test_gradients_are_those_of_finite_differences(impl: str) -> None:
 def test_storage_types_are_within_their_rounding(
     impl: str, dtype: torch.dtype, a_p: float, a_n: float
 ) -> None:
+    if impl == "cpu" and dtype == torch.float64:
+        impl = "auto"
     x, alphas = inputs(dtype), raw(a_p, a_n)
     upstream = torch.linspace(-1, 2, x.numel(), dtype=torch.float64).to(dtype)
     y = xielu(x, *alphas, impl=impl)
@@ -114,7 +117,7 @@ def test_any_shape(impl: str, shape: tuple[int, ...]) -> None:
     assert y.shape == x.shape == grads[0].shape
     assert [grad.shape for grad in grads[1:]] == [(1,), (1,)]
     assert float(grads[2]) == pytest.approx(
-        x.numel() * (math.expm1(-1.5) + 1.5) * float(torch.sigmoid(alphas[1])), rel=1e-6
+        x.numel() * (math.expm1(-1.5) + 1.5) * float(torch.sigmoid(alphas[1].detach())), rel=1e-6
     )
 
 
@@ -163,17 +166,17 @@ def test_autocast_and_fp32_alphas_beside_bf16_input() -> None:
 def test_second_derivatives_are_refused() -> None:
     x = inputs(torch.float64, 4)
     (dx,) = torch.autograd.grad(xielu(x, *raw(0.8, 0.8)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r'second derivatives .* use impl="reference"'):
         dx.sum().backward()
 
 
 def test_bad_input_is_named() -> None:
     x, (alpha_p, alpha_n) = torch.ones(3), raw(0.8, 0.8)
-    with pytest.raises(TypeError, match=r"x must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x is torch.int64; it must be one of float64, float32"):
         xielu(torch.ones(3, dtype=torch.int64), alpha_p, alpha_n)
     with pytest.raises(ValueError, match=r"alpha_n must hold one element, got shape \(2,\)"):
         xielu(x, alpha_p, torch.ones(2))
-    with pytest.raises(ValueError, match=r"impl='fast' is unknown; choose one of \('auto'"):
+    with pytest.raises(ValueError, match=r"impl='fast' is unknown; choose one of auto, "):
         xielu(x, alpha_p, alpha_n, impl="fast")  # type: ignore[arg-type]
 
 
