@@ -121,6 +121,28 @@ def _plot(args: argparse.Namespace) -> None:
     print(plot_runs(args.runs, args.out))
 
 
+def _bench(args: argparse.Namespace) -> int:
+    if args.static:
+        from megatron_xielu.bench import static
+
+        passed = static.run(args.static)
+    elif args.accuracy:
+        from megatron_xielu.bench import accuracy
+
+        passed = accuracy.run(quick=args.quick)
+    elif args.gpu:
+        from megatron_xielu.bench import gpu
+
+        passed = gpu.run(csv=args.csv)
+    else:
+        from megatron_xielu.bench import cpu
+
+        passed = cpu.run(
+            threads=args.threads, dtypes=tuple(args.dtype or cpu.DTYPES), any_load=args.any_load
+        )
+    return 0 if passed else 1
+
+
 def _quickstart(args: argparse.Namespace) -> int:
     from megatron_xielu.training.quickstart import quickstart
 
@@ -195,6 +217,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", type=Path, nargs="+")
     command.add_argument("--out", type=Path, default=Path("plot.png"))
     command.set_defaults(run=_plot)
+
+    command = commands.add_parser("bench", help="what the kernels of xIELU cost; 1: a gate missed")
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument("--cpu", action="store_true", help="time the CPU kernels (the default)")
+    mode.add_argument("--accuracy", action="store_true", help="errors against float64")
+    mode.add_argument(
+        "--static", metavar="sm_90", help="compile the GPU kernels here and read the machine code"
+    )
+    mode.add_argument("--gpu", action="store_true", help="time the GPU kernels")
+    command.add_argument("--threads", type=_positive, default=2, help="with --cpu")
+    command.add_argument("--dtype", choices=("fp32", "bf16"), action="append", help="with --cpu")
+    command.add_argument(
+        "--any-load", action="store_true", help="with --cpu: on a busy machine too"
+    )
+    command.add_argument("--quick", action="store_true", help="with --accuracy: smaller sums")
+    command.add_argument("--csv", type=Path, help="with --gpu: append the rows to this file")
+    command.set_defaults(run=_bench)
 
     command = commands.add_parser("quickstart", help="all of it once, on a tiny model")
     command.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where to")

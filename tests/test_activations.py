@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_xielu import XIELU, xielu
+from megatron_xielu.activations import XIEP, TrainedActivation, XIPReLU
 
 
 def test_initial_values_are_exact() -> None:
@@ -74,9 +75,32 @@ def test_repr_says_what_it_is() -> None:
     [
         ({"alpha_p_init": 0.0}, "alpha_p_init=0.0 must be > 0"),
         ({"alpha_n_init": 0.5}, "alpha_n_init=0.5 must be > beta=0.5"),
-        ({"beta": -1.0}, "beta=-1.0 > 0"),
+        ({"beta": -1.0}, "beta=-1.0 must be > 0"),
     ],
 )
 def test_impossible_values_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         XIELU(**settings)
+
+
+@pytest.mark.parametrize(
+    ("module", "initial"),
+    [(XIELU(), (0.8, 0.8)), (XIPReLU(), (0.8, 0.8)), (XIEP(), (0.4, 0.8, 0.8))],
+    ids=["XIELU", "XIPReLU", "XIEP"],
+)
+def test_the_family_starts_where_it_says_and_trains_every_alpha(
+    module: TrainedActivation, initial: tuple[float, ...]
+) -> None:
+    assert [float(value) for value in module.effective_alphas()] == pytest.approx(initial)
+    module(torch.linspace(-2, 2, 64)).square().sum().backward()
+    for alpha in module.alphas():
+        assert alpha.grad is not None
+        assert float(alpha.grad) != 0
+    assert len(list(module.parameters())) == len(initial)
+
+
+def test_one_parabola_is_another_activation_than_one_exponential() -> None:
+    x = torch.tensor([-2.0])
+    # 0.8 x^2 + 0.5 x, and 0.8 (e^x - 1 - x) + 0.5 x
+    assert float(XIPReLU()(x).detach()) == pytest.approx(2.2)
+    assert float(XIELU()(x).detach()) == pytest.approx(-0.0917317, abs=1e-6)

@@ -20,7 +20,7 @@ LAYERS = (
     {"activations"},
     {"megatron_xielu"},
     {"mcore", "recipes"},
-    {"training", "checkpoint", "analysis", "data"},
+    {"training", "checkpoint", "analysis", "data", "bench", "integrations"},
     {"cli", "__main__"},
 )
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

@@ -47,7 +47,8 @@ class Xielu:
     beta: float = 0.5
     lr_mult: float = 1.0
     """Learning rate of the alphas relative to the other parameters."""
-    impl: Literal["auto", "eager", "reference"] = "auto"
+    impl: Literal["auto", "triton", "cpu", "eager", "reference"] = "auto"
+    """auto: the fused kernel of the machine, plain torch where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

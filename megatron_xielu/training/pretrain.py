@@ -104,8 +104,10 @@ def pretrain(request: Request) -> int:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         _run_rank(request, recipe)
     job = _job(request, recipe, Machine.detect(), check_data=True)
+    activation = _activation(job)
     lock = _claim(job)
     print(format_plan(plan(job.recipe, job.world_size)))
+    print(activation)
     ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
     print(f"\nrun folder {job.run_dir}, {ranks}, logs in {run_dir.LOGS}/\n", flush=True)
     # the ranks read the resolved recipe, so that all of them see the same run
@@ -169,6 +171,7 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
 def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
     job = _job(request, recipe, Machine.detect(), check_data=True)
     if not launch.is_child() and launch.rank() == 0:
+        print(_activation(job), flush=True)
         _claim(job)
     launch.end_with_parent()
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
@@ -187,6 +190,19 @@ def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
     # a data loader's workers inherit the handler that turns SIGTERM into a request, so that Python
     # would wait for them for good; they end by themselves once this process is gone
     os._exit(0)
+
+
+def _activation(job: Job) -> str:
+    """Which implementation of xIELU the run gets, and why; the CPU kernels are built by now."""
+    from megatron_xielu.ops.dispatch import describe
+
+    recipe = job.recipe
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.training.precision]
+    try:
+        chosen, reason = describe(job.machine.device, dtype, recipe.xielu.impl)
+    except ValueError as error:
+        raise UserError(f"xielu.impl={recipe.xielu.impl} cannot be used: {error}") from error
+    return f"activation {chosen}: {reason}"
 
 
 def _claim(job: Job) -> int:

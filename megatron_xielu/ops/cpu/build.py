@@ -77,7 +77,12 @@ def built() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _logger.warning("building the CPU kernels of xIELU, once: about 20 s (%s)", library)
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            for left in library.parent.glob(f"{library.stem}-*"):
+                # whoever held the lock before and was killed
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(
+                prefix=f"{library.stem}-", dir=library.parent
+            ) as folder:
                 os.replace(_compile(Path(folder)), library)
     return library
 
@@ -93,7 +98,7 @@ def _key() -> str:
 
 def _compile(folder: Path) -> Path:
     """Run torch's builder in a process of its own, because it is configured by global state."""
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, __file__, str(folder), *map(str, sorted(SOURCES.glob("*.cpp")))]
     run = subprocess.run(
         command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -103,17 +108,13 @@ def _compile(folder: Path) -> Path:
     return libraries[0]
 
 
-def _compile_here(folder: str) -> None:
+def _compile_here(folder: str, sources: list[str]) -> None:
     from setuptools import Distribution
     from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
 
     threads = ["-fopenmp"] if platform.system() == "Linux" else []
-    extension = CppExtension(
-        "xielu_cpu",
-        sorted(str(path) for path in SOURCES.glob("*.cpp")),
-        # torch brings the OpenMP library it was built with; linking another would add its threads
-        extra_compile_args=[*FLAGS, *threads],
-    )
+    # torch brings the OpenMP library it was built with; linking another would add its threads
+    extension = CppExtension("xielu_cpu", sources, extra_compile_args=[*FLAGS, *threads])
     builder = BuildExtension.with_options(use_ninja=is_ninja_available())
     command = builder(Distribution({"name": "xielu_cpu", "ext_modules": [extension]}))
     command.build_lib, command.build_temp = folder, os.path.join(folder, "objects")
@@ -123,6 +124,6 @@ def _compile_here(folder: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        _compile_here(sys.argv[1])
+        _compile_here(sys.argv[1], sys.argv[2:])
     else:
         print(built())

@@ -51,7 +51,7 @@ struct Kernels {
   void (*forward)(const Task&, const void* x, const void* bias, void* y, int64_t count);
   void (*backward)(const Task&, const void* grad_y, const void* x, const void* bias, void* grad_x,
                    int64_t count, Sums* sums);
-  // Entries [begin, end) of a table, both multiples of 32.
+  // Entries [begin, end) of a table, both multiples of 32, on one side of PATTERNS / 2.
   void (*fill_y_table)(const Task&, uint16_t* table, int64_t begin, int64_t end);
   void (*fill_derivatives_table)(const Task&, Derivatives* table, int64_t begin, int64_t end);
   // What memory alone costs: y = x, and y = x xor z, of `bytes`, a multiple of 64.

@@ -15,8 +15,10 @@ constexpr int64_t VECTORS = BLOCK / LANES;
 constexpr int VECTORS_AT_ONCE = LANES == 16 ? 2 : 1;
 // blocks that are summed in float32 before the sums become float64
 constexpr int64_t BLOCKS_PER_SUM = 64;
-// how far ahead of the loads: with the arithmetic between them, too few loads are in flight
-constexpr int64_t PREFETCH_BYTES = 2048;
+// How far ahead of the loads: with the arithmetic between them, too few loads are in flight. Tables
+// leave more time to a line of 16-bit elements than the formula to one of float32.
+template <class Element>
+constexpr int64_t PREFETCH_BYTES = sizeof(Element) == 2 ? 4096 : 2048;
 
 typedef float f32v __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
@@ -70,9 +72,11 @@ XIELU_INLINE void finish_streaming(bool stream) {
 #endif
 }
 
-XIELU_INLINE void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch((const void*)((uintptr_t)from + PREFETCH_BYTES + i), 0, 3);
+template <class Element>
+XIELU_INLINE void prefetch(const Element* from, int64_t count) {
+  for (int64_t byte = 0; byte < count * (int64_t)sizeof(Element); byte += 64)
+    // which may lie behind the end of the tensor
+    __builtin_prefetch((const void*)((uintptr_t)from + PREFETCH_BYTES<Element> + byte), 0, 3);
 }
 
 // ---- storage types
@@ -160,7 +164,7 @@ struct Float16 : Half<Float16> {
 template <class T>
 XIELU_INLINE Block load(const void* from, const void* bias, int64_t i) {
   typedef typename T::type type;
-  prefetch((const type*)from + i, BLOCK * sizeof(type));
+  prefetch((const type*)from + i, BLOCK);
   Block block = T::load((const type*)from + i);
   if (bias) {
     const Block added = T::load((const type*)bias + i);
@@ -180,7 +184,13 @@ struct Math<f32v> {
   typedef float scalar;
   // adding 1.5 * 2^23 leaves the rounded sum in the low bits
   static constexpr float log2e = 1.44269504f, shifter = 0x1.8p23f;
+#if defined(__x86_64__) && XIELU_LANES == 4
+  // no fused multiply-add: a multiple of the upper bits must be exact
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+#else
+  // what this lacks is below 1e-8 where e^x is not negligible
+  static constexpr float ln2_high = 0x1.62e43p-1f, ln2_low = 0;
+#endif
   // below, the scale would be subnormal, and e^x - 1 rounds to -1 anyway
   static constexpr float lowest = -87;
   XIELU_INLINE f32v power_of_two(f32v shifted) {
@@ -219,7 +229,8 @@ XIELU_INLINE Exponential<V> exponential(V x) {
   const V shifted = x * M::log2e + M::shifter;
   const V k = shifted - M::shifter;
   Exponential<V> e;
-  e.r = (x - k * M::ln2_high) - k * M::ln2_low;
+  e.r = x - k * M::ln2_high;
+  if (M::ln2_low != 0) e.r = e.r - k * M::ln2_low;
   e.scale = M::power_of_two(shifted);
   constexpr int last = sizeof(M::tail) / sizeof(M::tail[0]) - 1;
   V q = e.r * M::tail[last] + M::tail[last - 1];
@@ -235,6 +246,11 @@ XIELU_INLINE V expm1_minus(const Exponential<V>& e, V shift) {
   return e.scale * e.tail + (e.scale * e.r + ((e.scale - 1) - shift));
 }
 
+template <class V>
+XIELU_INLINE V expm1(const Exponential<V>& e) {
+  return e.scale * (e.r + e.tail) + (e.scale - 1);
+}
+
 template <class S>
 struct Rounded {
   S beta, p2, p3, n, n_minus_beta;
@@ -242,24 +258,31 @@ struct Rounded {
       : beta(c.beta), p2(c.p2), p3(c.p3), n(c.n), n_minus_beta(c.n_minus_beta) {}
 };
 
-template <bool CUBIC, Negative NEGATIVE, class V, class S>
+// GENTLE holds where n is at most MOST_GENTLE beta: n (e^x - 1) and (n - beta) x may then be
+// subtracted near zero too.
+constexpr double MOST_GENTLE = 2.5;
+
+template <bool CUBIC, Negative NEGATIVE, bool GENTLE, class V, class S>
 XIELU_INLINE V activation(const Rounded<S>& c, V x) {
-  const V zero{};
-  V slope = all<V>(c.p2);
-  if (CUBIC) slope = x * c.p3 + slope;
-  if (NEGATIVE == Negative::quadratic) slope = x > 0 ? slope : all<V>(c.n);
-  V y = x * (x * slope + c.beta);
-  if (NEGATIVE == Negative::zero) y = x < 0 ? zero : y;
+  // each half of x adds exactly nothing to the other half's term
+  const V zero{}, above = at_least(S(0), x), below = at_most(S(0), x);
+  V negative = NEGATIVE == Negative::quadratic ? below * (below * c.n + c.beta) : zero;
   if (NEGATIVE == Negative::exponential) {
-    const V below = at_most(S(0), x);
-    // near zero n (e^x - 1 - x) + beta x, far from it n (e^x - 1) - (n - beta) x: each where the
-    // other one cancels; the second one also has the right limit at -inf
-    const auto far = below < S(-1.5);
-    const V shift = far ? zero : below;
-    const V linear = far ? all<V>(-c.n_minus_beta) : all<V>(c.beta);
-    y = x > 0 ? y : expm1_minus(exponential(below), shift) * c.n + x * linear;
+    const Exponential<V> e = exponential(below);
+    if (GENTLE) {
+      negative = expm1(e) * c.n - below * c.n_minus_beta;
+    } else {
+      // near zero n (e^x - 1 - x) + beta x, far from it n (e^x - 1) - (n - beta) x: each where the
+      // other one cancels; the second one also has the right limit at -inf
+      const auto far = below < S(-1.5);
+      const V shift = far ? zero : below;
+      const V linear = far ? all<V>(-c.n_minus_beta) : all<V>(c.beta);
+      negative = expm1_minus(e, shift) * c.n + below * linear;
+    }
   }
-  return y;
+  V slope = all<V>(c.p2);
+  if (CUBIC) slope = above * c.p3 + slope;
+  return above * (above * slope + c.beta) + negative;
 }
 
 // dy/dx and the derivatives by the coefficients. Each half of x adds exactly nothing to the other
@@ -320,7 +343,7 @@ template <bool CUBIC, Negative NEGATIVE>
 XIELU_INLINE f32v exact_activation(const Rounded<double>& c, f32v x) {
   f64v v[2];
   to_double(x, v);
-  for (f64v& half : v) half = activation<CUBIC, NEGATIVE>(c, half);
+  for (f64v& half : v) half = activation<CUBIC, NEGATIVE, false>(c, half);
   return to_float(v);
 }
 
@@ -337,9 +360,9 @@ XIELU_INLINE Gradient<f32v> exact_gradient(const Rounded<double>& c, f32v x) {
 
 // ---- tables
 
+// entries [begin, end) of a table; NEGATIVE may be zero for patterns without a sign
 template <class T, bool CUBIC, Negative NEGATIVE>
-void fill_y(const Task& task, uint16_t* table, int64_t begin, int64_t end) {
-  const Rounded<double> c(task.coefficients);
+void fill_y(const Rounded<double>& c, uint16_t* table, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += BLOCK) {
     for (int64_t lane = 0; lane < BLOCK; ++lane) table[i + lane] = (uint16_t)(i + lane);
     Block block = T::load(table + i);
@@ -349,8 +372,7 @@ void fill_y(const Task& task, uint16_t* table, int64_t begin, int64_t end) {
 }
 
 template <class T, bool CUBIC, Negative NEGATIVE>
-void fill_derivatives(const Task& task, Derivatives* table, int64_t begin, int64_t end) {
-  const Rounded<double> c(task.coefficients);
+void fill_derivatives(const Rounded<double>& c, Derivatives* table, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += LANES) {
     u32v bits;
     for (int64_t lane = 0; lane < LANES; ++lane) bits[lane] = (uint32_t)(i + lane) << 16;
@@ -401,9 +423,9 @@ XIELU_INLINE void look_up(const Derivatives* table, u32v bits, f32v& slope, f32v
 
 // ---- one block, `i` elements from the start
 
-// How a value is computed: float32 as it is; 16-bit types in float64, each value once (a table) or
-// each element.
-enum class Method { single, exact, table };
+// How a value is computed: float32 as it is (gentle or not); 16-bit types in float64, each value
+// once (a table) or each element.
+enum class Method { gentle, single, exact, table };
 
 template <class T, Method METHOD, bool CUBIC, Negative NEGATIVE, bool STREAM>
 XIELU_INLINE void forward_block(const Task& task, const void* x, const void* bias, void* y,
@@ -411,7 +433,7 @@ XIELU_INLINE void forward_block(const Task& task, const void* x, const void* bia
   typedef typename T::type type;
   if constexpr (METHOD == Method::table) {
     const uint16_t* from = (const uint16_t*)x + i;
-    prefetch(from, 2 * BLOCK);
+    prefetch(from, BLOCK);
     for (int64_t k = 0; k < BLOCK; k += 2 * LANES) {
       const Pairs x = load_pairs(from + k);
       store<STREAM>((look_up(task.y_table, x.even) & 0xffff) | look_up(task.y_table, x.odd) << 16,
@@ -421,8 +443,9 @@ XIELU_INLINE void forward_block(const Task& task, const void* x, const void* bia
     Block block = load<T>(x, bias, i);
 #pragma GCC unroll VECTORS_AT_ONCE
     for (f32v& v : block.v) {
-      if (METHOD == Method::single)
-        v = activation<CUBIC, NEGATIVE>(Rounded<float>(task.coefficients), v);
+      if (sizeof(type) == 4)
+        v = activation<CUBIC, NEGATIVE, METHOD == Method::gentle>(
+            Rounded<float>(task.coefficients), v);
       else
         v = exact_activation<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), v);
     }
@@ -461,7 +484,7 @@ XIELU_INLINE void backward_block(const Task& task, const void* grad_y, const voi
 #pragma GCC unroll VECTORS_AT_ONCE
   for (int64_t k = 0; k < VECTORS; ++k) {
     Gradient<f32v> d{f32v{}, f32v{}, f32v{}, f32v{}};
-    if constexpr (METHOD == Method::single) {
+    if constexpr (sizeof(type) == 4) {
       d = gradient<CUBIC, NEGATIVE>(Rounded<float>(task.coefficients), block.v[k]);
     } else if constexpr (METHOD == Method::exact) {
       d = exact_gradient<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), block.v[k]);
@@ -545,8 +568,8 @@ __attribute__((noinline)) void backward_run(const Task& shared, const void* grad
 template <bool STREAM, bool TWO>
 void move(const void* x, const void* z, void* y, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
-    prefetch((const char*)x + i, 64);
-    if (TWO) prefetch((const char*)z + i, 64);
+    prefetch((const float*)((const char*)x + i), 16);
+    if (TWO) prefetch((const float*)((const char*)z + i), 16);
     for (int64_t k = 0; k < 64; k += 4 * LANES) {
       u32v value, other;
       std::memcpy(&value, (const char*)x + i + k, sizeof value);
@@ -577,7 +600,7 @@ void with_storage(Storage storage, F f) {
   if (storage == Storage::float16) f(Float16{});
 }
 
-template <class F>
+template <bool GRADIENT, class F>
 void with_variant(const Task& task, bool table, const void* to, F f) {
   // streaming stores need whole lines
   const bool stream = task.stream && (uintptr_t)to % 64 == 0;
@@ -587,15 +610,19 @@ void with_variant(const Task& task, bool table, const void* to, F f) {
         if (stream) f.template operator()<T, METHOD, CUBIC, NEGATIVE, true>();
         else f.template operator()<T, METHOD, CUBIC, NEGATIVE, false>();
       };
-      if constexpr (sizeof(typename T::type) == 4) with_method.template operator()<Method::single>();
-      else if (table) with_method.template operator()<Method::table>();
+      const Coefficients& c = task.coefficients;
+      if constexpr (sizeof(typename T::type) == 4) {
+        const bool gentle = !GRADIENT && c.n <= MOST_GENTLE * c.beta;
+        if (gentle) with_method.template operator()<Method::gentle>();
+        else with_method.template operator()<Method::single>();
+      } else if (table) with_method.template operator()<Method::table>();
       else with_method.template operator()<Method::exact>();
     });
   });
 }
 
 void forward(const Task& task, const void* x, const void* bias, void* y, int64_t count) {
-  with_variant(task, task.y_table, y,
+  with_variant<false>(task, task.y_table, y,
                [&]<class T, Method METHOD, bool CUBIC, Negative NEGATIVE, bool STREAM>() {
                  forward_run<T, METHOD, CUBIC, NEGATIVE, STREAM>(task, x, bias, y, count);
                });
@@ -603,28 +630,33 @@ void forward(const Task& task, const void* x, const void* bias, void* y, int64_t
 
 void backward(const Task& task, const void* grad_y, const void* x, const void* bias, void* grad_x,
               int64_t count, Sums* sums) {
-  with_variant(task, task.derivatives, grad_x,
+  with_variant<true>(task, task.derivatives, grad_x,
                [&]<class T, Method METHOD, bool CUBIC, Negative NEGATIVE, bool STREAM>() {
                  backward_run<T, METHOD, CUBIC, NEGATIVE, STREAM>(task, grad_y, x, bias, grad_x,
                                                                   count, *sums);
                });
 }
 
-void fill_y_table(const Task& task, uint16_t* table, int64_t begin, int64_t end) {
+template <class F>
+void with_half(const Task& task, int64_t begin, F f) {
   with_storage(task.storage, [&]<class T>(T) {
     if constexpr (sizeof(typename T::type) == 2)
       with_shape(task.shape, [&]<bool CUBIC, Negative NEGATIVE>() {
-        fill_y<T, CUBIC, NEGATIVE>(task, table, begin, end);
+        if (begin < PATTERNS / 2) f.template operator()<T, CUBIC, Negative::zero>();
+        else f.template operator()<T, CUBIC, NEGATIVE>();
       });
   });
 }
 
+void fill_y_table(const Task& task, uint16_t* table, int64_t begin, int64_t end) {
+  with_half(task, begin, [&]<class T, bool CUBIC, Negative NEGATIVE>() {
+    fill_y<T, CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), table, begin, end);
+  });
+}
+
 void fill_derivatives_table(const Task& task, Derivatives* table, int64_t begin, int64_t end) {
-  with_storage(task.storage, [&]<class T>(T) {
-    if constexpr (sizeof(typename T::type) == 2)
-      with_shape(task.shape, [&]<bool CUBIC, Negative NEGATIVE>() {
-        fill_derivatives<T, CUBIC, NEGATIVE>(task, table, begin, end);
-      });
+  with_half(task, begin, [&]<class T, bool CUBIC, Negative NEGATIVE>() {
+    fill_derivatives<T, CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), table, begin, end);
   });
 }
 
