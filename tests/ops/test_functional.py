@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from megatron_xielu import xielu
+from megatron_xielu import XIELU, xielu
+from megatron_xielu.ops import functional, library
+from megatron_xielu.ops.cpu import build
+from megatron_xielu.ops.dispatch import Impl
+from megatron_xielu.ops.family import FAMILY, Activation
 from megatron_xielu.ops.reference import inverse_softplus, xielu_reference
+from megatron_xielu.recipes.schema import Xielu
 
-IMPLS = ["cpu", "eager", "reference"]
+CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(build.load() is not None, reason="the kernels did not build")
+)
+IMPLS = [CPU, "eager", "reference"]
+FUSED_IMPLS = [CPU, "eager"]  # those with a backward of their own
 WIDE_IMPLS = ["eager", "reference"]  # those that compute float64
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ALPHAS = [(0.8, 0.8), (0.05, 0.51), (3.0, 2.0), (0.2, 8.0)]
@@ -126,31 +137,129 @@ def test_permuted_and_strided_input(impl: str) -> None:
     base = inputs(torch.float32, 24 * 10).detach().reshape(4, 6, 10)
     alphas = raw(0.9, 1.1)
     for view in (base.permute(2, 0, 1), base[:, ::2], base[..., 3:7].transpose(0, 1)):
-        x = view.detach().requires_grad_()
-        y = xielu(x, *alphas, impl=impl)
-        flat = xielu(view.contiguous(), *alphas, impl=impl)
-        assert torch.equal(y, flat)
+        x, flat_x = (t.detach().requires_grad_() for t in (view, view.contiguous()))
+        y, flat_y = (xielu(t, *alphas, impl=impl) for t in (x, flat_x))
+        assert torch.equal(y, flat_y)
+        assert y.stride() == torch.empty_like(view).stride()
+        # an upstream gradient in another memory order than x
+        upstream = torch.linspace(-1, 1, x.numel()).reshape(x.shape[::-1]).permute(2, 1, 0)
+        (dx,) = torch.autograd.grad(y, x, upstream)
+        (flat_dx,) = torch.autograd.grad(flat_y, flat_x, upstream.contiguous())
+        assert torch.equal(dx, flat_dx)
 
 
-def test_eager_keeps_nothing_but_the_input_and_the_alphas() -> None:
-    saved: list[torch.Size] = []
+@pytest.mark.parametrize("impl", FUSED_IMPLS)
+def test_nothing_is_kept_but_the_input_and_the_alphas(impl: str) -> None:
+    saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor.shape)
+        saved.append(tensor)
         return tensor
 
     x = inputs(torch.bfloat16, 4096)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        xielu(x, *raw(0.8, 0.8), impl="eager")
-    assert sorted(shape.numel() for shape in saved) == [1, 1, 4096]
+        xielu(x, *raw(0.8, 0.8), impl=impl)
+    assert sorted(tensor.numel() for tensor in saved) == [1, 1, 4096]
+    # the input itself, no copy
+    assert x.data_ptr() in {tensor.data_ptr() for tensor in saved}
 
 
-def test_the_input_is_not_written_to() -> None:
+@pytest.mark.parametrize("impl", FUSED_IMPLS)
+def test_the_input_is_not_written_to(impl: str) -> None:
     x = inputs(torch.float32, 100)
     before = x.detach().clone()
-    y = xielu(x, *raw(0.8, 0.8), impl="eager")
+    y = xielu(x, *raw(0.8, 0.8), impl=impl)
     y.sum().backward()
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("impl", FUSED_IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", FAMILY.values(), ids=FAMILY.keys())
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_the_family_agrees_with_its_references(
+    impl: str, dtype: torch.dtype, activation: Activation, with_bias: bool
+) -> None:
+    x = inputs(dtype, 3 * 7001).detach().reshape(3, 7001)
+    upstream = torch.linspace(-1, 2, x.numel()).reshape(x.shape).to(dtype)
+    bias = torch.linspace(-1, 1, 7001).to(dtype) if with_bias else None
+    alphas = [torch.tensor([value]) for value in (0.3, -1.1, 0.7)[: len(activation.alphas)]]
+    names = ["y", "dx", *activation.alphas, *(["dbias"] if with_bias else [])]
+
+    def run(wide: bool, impl: str) -> list[torch.Tensor]:
+        tensors = [x, *alphas] + ([] if bias is None else [bias])
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in tensors]
+        added = leaves[-1] if with_bias else None
+        function = getattr(functional, activation.name)
+        y = function(leaves[0], *leaves[1 : 1 + len(alphas)], bias=added, impl=impl)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    rounding = torch.finfo(dtype).eps
+    for name, got, want in zip(names, run(False, impl), run(True, "reference"), strict=True):
+        # a sum of n terms; a bias gradient sums the three rows of dx, which were rounded
+        scale = want.abs().max() if got.numel() > 1 else want.abs()
+        error = float(((got.double() - want).abs() / scale).max())
+        bound = 1e-5 if got.dtype == torch.float32 else rounding * (2 if name == "dbias" else 1)
+        print(f"{activation.name} {impl} {dtype} {name}: {error:.1e} of {bound:.1e}")
+        assert got.dtype == (torch.float32 if name in activation.alphas else dtype)
+        assert error <= bound
+
+
+def test_published_numerics_are_those_of_the_published_code_to_the_bit() -> None:
+    x, (alpha_p, alpha_n) = inputs(torch.bfloat16), raw(0.8, 0.8, torch.bfloat16)
+    y = xielu(x, alpha_p, alpha_n, reference_numerics=True)
+    # written out once more; the literal rounds to bfloat16 as the published buffer does
+    a_p, a_n = F.softplus(alpha_p), 0.5 + F.softplus(alpha_n)
+    clamped = torch.min(x, torch.tensor(-1e-6, dtype=torch.bfloat16))
+    above, below = a_p * x * x + 0.5 * x, a_n * torch.expm1(clamped) - a_n * x + 0.5 * x
+    assert torch.equal(y, torch.where(x > 0, above, below))
+    zero = torch.zeros(1, requires_grad=True)
+    (slope,) = torch.autograd.grad(xielu(zero, *raw(0.8, 0.8), reference_numerics=True), zero)
+    # what a comparison should know: beta - a_n instead of beta
+    assert float(slope) == pytest.approx(-0.3, abs=1e-6)
+
+
+@pytest.mark.parametrize("impl", FUSED_IMPLS)
+def test_torch_knows_the_operations(impl: str) -> None:
+    x = torch.randn(6, 16).requires_grad_()
+    alphas = [torch.tensor(0.2, requires_grad=True), torch.tensor(-1.0, requires_grad=True)]
+    bias = torch.randn(16, requires_grad=True)
+    for added in (None, bias):
+        torch.library.opcheck(library.forward, (x, added, alphas, 0.5, "xielu", impl))
+    permuted = x.detach().t().requires_grad_()
+    torch.library.opcheck(library.forward, (permuted, None, alphas, 0.5, "xielu", impl))
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (3, 33)])
+def test_compiled_without_a_graph_break(shape: tuple[int, ...]) -> None:
+    x, alphas = torch.randn(shape, requires_grad=True), raw(0.8, 0.8)
+
+    def block(x: torch.Tensor, *alphas: torch.Tensor) -> torch.Tensor:
+        return xielu(x * 2, *alphas) + 1
+
+    compiled = torch.compile(block, fullgraph=True)
+    results = []
+    for function in (block, compiled):
+        y = function(x, *alphas)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *alphas))))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_exported_with_a_dynamic_batch() -> None:
+    module = XIELU()
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(module, (torch.randn(4, 8),), dynamic_shapes=batch)
+    x = torch.randn(7, 8)
+    assert torch.equal(exported.module()(x), module(x))
+    assert "megatron_xielu.forward" in str(exported.graph)
+
+
+def test_meta_tensors_have_a_shape_and_no_kernel() -> None:
+    x = torch.empty(5, 3, device="meta", dtype=torch.bfloat16)
+    alpha = torch.empty(1, device="meta")
+    y = xielu(x, alpha, alpha)
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
 
 
 def test_autocast_and_fp32_alphas_beside_bf16_input() -> None:
@@ -170,14 +279,53 @@ def test_second_derivatives_are_refused() -> None:
         dx.sum().backward()
 
 
-def test_bad_input_is_named() -> None:
-    x, (alpha_p, alpha_n) = torch.ones(3), raw(0.8, 0.8)
-    with pytest.raises(TypeError, match=r"x is torch.int64; it must be one of float64, float32"):
-        xielu(torch.ones(3, dtype=torch.int64), alpha_p, alpha_n)
-    with pytest.raises(ValueError, match=r"alpha_n must hold one element, got shape \(2,\)"):
-        xielu(x, alpha_p, torch.ones(2))
-    with pytest.raises(ValueError, match=r"impl='fast' is unknown; choose one of auto, "):
-        xielu(x, alpha_p, alpha_n, impl="fast")  # type: ignore[arg-type]
+X, ALPHA = torch.ones(2, 3), torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "message"),
+    [
+        ((X.long(), ALPHA, ALPHA), {}, TypeError, "x is torch.int64; it must be one of float64"),
+        ((X.to(torch.float8_e4m3fn), ALPHA, ALPHA), {}, TypeError, "x is torch.float8_e4m3fn"),
+        ((X, ALPHA, ALPHA.int()), {}, TypeError, "alpha_n is torch.int32"),
+        ((X, torch.ones(2), ALPHA), {}, ValueError, r"alpha_p must hold one .* shape \(2,\)"),
+        ((X, ALPHA, ALPHA.to("meta")), {}, ValueError, r"alpha_n is on meta .* \.to\('cpu'\)"),
+        ((X, ALPHA, ALPHA), {"impl": "fast"}, ValueError, "impl='fast' is unknown; choose one"),
+        (
+            (X.double(), ALPHA, ALPHA),
+            {"impl": "cpu"},
+            ValueError,
+            "no CPU kernel for torch.float64",
+        ),
+        ((X, ALPHA, ALPHA), {"impl": "triton"}, ValueError, "impl='triton' cannot compute this"),
+        (
+            (X, ALPHA, ALPHA),
+            {"bias": torch.ones(3).bfloat16()},
+            TypeError,
+            r"bias is torch.bfloat16 and x is torch.float32; cast .* \.to\(torch.float32\)",
+        ),
+        ((X, ALPHA, ALPHA), {"bias": torch.ones(2)}, ValueError, r"shape \(2,\), .* needs \(3,\)"),
+        (
+            (X, ALPHA, ALPHA),
+            {"impl": "cpu", "reference_numerics": True},
+            ValueError,
+            "reference_numerics=True is plain torch, but impl='cpu'",
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_the_remedy(
+    arguments: tuple[torch.Tensor, ...],
+    settings: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message) as refusal:
+        xielu(*arguments, **settings)  # type: ignore[arg-type]
+    print(refusal.value)
+
+
+def test_the_recipes_know_the_same_implementations() -> None:
+    assert get_args(get_type_hints(Xielu)["impl"]) == get_args(Impl)
 
 
 @pytest.mark.parametrize("value", [1e-6, 0.3, 0.8, 5.0, 100.0, 1000.0])
