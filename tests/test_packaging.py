@@ -84,8 +84,8 @@ def test_megatron_range_is_the_one_the_code_checks() -> None:
 
 def test_every_imported_package_is_declared() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in ALL}
-    # torch's Linux builds depend on triton, at the one version they work with
-    declared |= {"megatron-xielu", "triton"}
+    # torch depends on setuptools, and its Linux builds on triton, at the one version they work with
+    declared |= {"megatron-xielu", "setuptools", "triton"}
     for path in sorted((ROOT / "megatron_xielu").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -167,7 +167,8 @@ for name in [name for name in sys.modules if name.split(".")[0] == "packaging"]:
 class Guard:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        if top not in allowed and not top.startswith("__editable__"):
+        # Python's own module of build settings is named after the platform
+        if top not in allowed and not top.startswith(("__editable__", "_sysconfigdata")):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Guard())
