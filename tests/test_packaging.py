@@ -167,8 +167,7 @@ for name in [name for name in sys.modules if name.split(".")[0] == "packaging"]:
 class Guard:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        # Python's own module of build settings is named after the platform
-        if top not in allowed and not top.startswith(("__editable__", "_sysconfigdata")):
+        if top not in allowed and not top.startswith("__editable__"):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Guard())

@@ -16,16 +16,27 @@ from megatron_xielu.ops.dispatch import implementation
 from megatron_xielu.ops.family import FAMILY
 
 
-@torch.library.custom_op("megatron_xielu::forward", mutates_args=())
-def forward(
+_LIBRARY = torch.library.Library("megatron_xielu", "DEF")
+_LIBRARY.define(
+    "forward(Tensor x, Tensor? bias, Tensor[] alphas, float beta, str name, str impl) -> Tensor"
+)
+_LIBRARY.define(
+    "backward(Tensor grad_y, Tensor x, Tensor? bias, Tensor[] alphas, float beta, str name, "
+    "str impl) -> Tensor[]"
+)
+# The activation `name` of x + bias: shape and type of x, and its strides where x is dense.
+forward = torch.ops.megatron_xielu.forward.default
+# dx, the gradient of each alpha in its own type, and that of the bias if there is one.
+backward = torch.ops.megatron_xielu.backward.default
+
+
+def _forward(
     x: Tensor, bias: Tensor | None, alphas: Sequence[Tensor], beta: float, name: str, impl: str
 ) -> Tensor:
-    """The activation `name` of x + bias; shape, strides (where dense) and type of x."""
     return implementation(x, impl).forward(FAMILY[name], x, bias, alphas, beta)
 
 
-@torch.library.custom_op("megatron_xielu::backward", mutates_args=())
-def backward(
+def _backward(
     grad_y: Tensor,
     x: Tensor,
     bias: Tensor | None,
@@ -34,26 +45,15 @@ def backward(
     name: str,
     impl: str,
 ) -> list[Tensor]:
-    """dx, the gradient of each alpha in its own type, and that of the bias if there is one."""
     return implementation(x, impl).backward(FAMILY[name], grad_y, x, bias, alphas, beta)
 
 
-@forward.register_fake
-def _(
-    x: Tensor, bias: Tensor | None, alphas: Sequence[Tensor], beta: float, name: str, impl: str
-) -> Tensor:
+def _forward_shape(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@backward.register_fake
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    alphas: Sequence[Tensor],
-    beta: float,
-    name: str,
-    impl: str,
+def _backward_shapes(
+    grad_y: Tensor, x: Tensor, bias: Tensor | None, alphas: Sequence[Tensor], *_: Any
 ) -> list[Tensor]:
     grads = [torch.empty_like(x), *(torch.empty_like(alpha) for alpha in alphas)]
     return grads if bias is None else [*grads, torch.empty_like(bias)]
@@ -80,5 +80,11 @@ def _no_second_derivative(ctx: Any, grads: list[Tensor]) -> None:
     )
 
 
-forward.register_autograd(_forward_backward, setup_context=_setup_context)
-backward.register_autograd(_no_second_derivative)
+_LIBRARY.impl("forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(forward, _forward_shape, lib=_LIBRARY)
+torch.library.register_fake(backward, _backward_shapes, lib=_LIBRARY)
+torch.library.register_autograd(
+    forward, _forward_backward, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd(backward, _no_second_derivative, lib=_LIBRARY)
