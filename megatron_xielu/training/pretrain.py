@@ -194,15 +194,17 @@ def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
 
 def _activation(job: Job) -> str:
     """Which implementation of xIELU the run gets, and why; the CPU kernels are built by now."""
+    import torch
+
     from megatron_xielu.ops.dispatch import describe
 
     recipe = job.recipe
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.training.precision]
     try:
-        chosen, reason = describe(job.machine.device, dtype, recipe.xielu.impl)
+        found = describe(job.machine.device, dtype, recipe.xielu.impl)
     except ValueError as error:
         raise UserError(f"xielu.impl={recipe.xielu.impl} cannot be used: {error}") from error
-    return f"activation {chosen}: {reason}"
+    return f"xIELU by {found}"
 
 
 def _claim(job: Job) -> int:
