@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_xielu.ops.cpu import build
 from megatron_xielu.recipes import Recipe, load_recipe
 
 # a model that trains five steps in a second; each number differs from the others where it can, so
@@ -29,6 +30,12 @@ SMALL = (
     "logging.eval_iters=1",
     "checkpoint.save_interval=5",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_kernels() -> None:
+    """Built before the first test, so that none has the builder's notice in its output."""
+    build.load()
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,8 @@ def pretrain(request: Request) -> int:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         _run_rank(request, recipe)
     job = _job(request, recipe, Machine.detect(), check_data=True)
-    activation = _activation(job)
+    # a GPU is asked by a rank, because asking takes memory there for as long as a process lives
+    activation = _activation(job) if job.machine.device == "cpu" else ""
     lock = _claim(job)
     print(format_plan(plan(job.recipe, job.world_size)))
     print(activation)
@@ -171,7 +172,6 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
 def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
     job = _job(request, recipe, Machine.detect(), check_data=True)
     if not launch.is_child() and launch.rank() == 0:
-        print(_activation(job), flush=True)
         _claim(job)
     launch.end_with_parent()
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
@@ -223,6 +223,8 @@ def _train(job: Job, terminal: TextIO) -> None:
     from megatron_xielu.mcore.activation import XIELUPlaceholder
     from megatron_xielu.mcore.pretrain import pretrain as megatron_pretrain
 
+    if launch.rank() == 0 and not (launch.is_child() and job.machine.device == "cpu"):
+        print(_activation(job), file=terminal, flush=True)
     xielu = job.recipe.xielu
     with _Listener(job, terminal) as listener:
         try:

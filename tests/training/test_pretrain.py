@@ -111,6 +111,7 @@ def test_what_a_run_leaves_and_shows(data_dir: Path, tmp_path: Path) -> None:
     done = run(command(folder, data_dir, "parallel.pipeline_model_parallel_size=2"))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert done.stdout.count("xIELU by cpu (fused kernel for cpu tensors of torch.float32)") == 1
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     kept = {"cache", "checkpoints", "logs", "megatron_flags.txt", "metrics.jsonl", "recipe.yaml"}
     assert names == kept | {"tensorboard"}
@@ -181,6 +182,7 @@ def test_torchrun_joins_the_same_path(data_dir: Path, tmp_path: Path) -> None:
     launcher += ["-m", "megatron_xielu", *words[3:], "parallel.tensor_model_parallel_size=2"]
     done = run(launcher)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("xIELU by cpu") == 1
     first, second = ([r.get("loss") for r in metrics(folder)] for folder in (here, there))
     assert first == second
 
@@ -245,6 +247,13 @@ def test_recipe_mistakes_are_reported_together(data_dir: Path, tmp_path: Path) -
     message = refused([*words, *mistakes])
     assert "parallel.tensor_model_parallel_size=3" in message
     assert "training.global_batch_size=9" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_activation_kernel_that_this_machine_has_not(data_dir: Path, tmp_path: Path) -> None:
+    message = refused(command(tmp_path / "run", data_dir, "xielu.impl=triton"))
+    assert "xielu.impl=triton cannot be used" in message
+    assert "Triton computes CUDA tensors" in message
     assert not (tmp_path / "run").exists()
 
 
