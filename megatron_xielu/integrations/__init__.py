@@ -1,0 +1,1 @@
+"""Our activation inside models of other libraries; each module needs its library installed."""
