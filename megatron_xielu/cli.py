@@ -131,7 +131,7 @@ def _bench(args: argparse.Namespace) -> int:
 
         passed = accuracy.run(quick=args.quick)
     elif args.gpu:
-        from megatron_xielu.bench import gpu
+        from megatron_xielu.bench.gpu import run as gpu
 
         passed = gpu.run(csv=args.csv)
     else:

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_xielu.ops.dispatch import implementation
 from megatron_xielu.ops.family import FAMILY
 
-
 _LIBRARY = torch.library.Library("megatron_xielu", "DEF")
 _LIBRARY.define(
     "forward(Tensor x, Tensor? bias, Tensor[] alphas, float beta, str name, str impl) -> Tensor"

@@ -102,7 +102,8 @@ std::vector<Entry> filled(void (*fill)(const Task&, Entry*, int64_t, int64_t), c
   constexpr int64_t SHARE = 2048;
   std::vector<Entry> table(entries + 1);
   at::parallel_for(0, entries / SHARE, 1, [&](int64_t first, int64_t last) {
-    fill(task, table.data(), first * SHARE, last * SHARE);
+    for (int64_t share = first; share < last; ++share)
+      fill(task, table.data(), share * SHARE, (share + 1) * SHARE);
   });
   return table;
 }

@@ -259,8 +259,12 @@ struct Rounded {
 };
 
 // GENTLE holds where n is at most MOST_GENTLE beta: n (e^x - 1) and (n - beta) x may then be
-// subtracted near zero too.
-constexpr double MOST_GENTLE = 2.5;
+// subtracted near zero too, where they are up to 2 MOST_GENTLE - 1 times as large as the result.
+#if defined(__x86_64__) && XIELU_LANES == 4
+constexpr double MOST_GENTLE = 1.3;  // each product is rounded
+#else
+constexpr double MOST_GENTLE = 1.7;
+#endif
 
 template <bool CUBIC, Negative NEGATIVE, bool GENTLE, class V, class S>
 XIELU_INLINE V activation(const Rounded<S>& c, V x) {
@@ -274,7 +278,7 @@ XIELU_INLINE V activation(const Rounded<S>& c, V x) {
     } else {
       // near zero n (e^x - 1 - x) + beta x, far from it n (e^x - 1) - (n - beta) x: each where the
       // other one cancels; the second one also has the right limit at -inf
-      const auto far = below < S(-1.5);
+      const auto far = below < S(-2);
       const V shift = far ? zero : below;
       const V linear = far ? all<V>(-c.n_minus_beta) : all<V>(c.beta);
       negative = expm1_minus(e, shift) * c.n + below * linear;
@@ -301,18 +305,25 @@ XIELU_INLINE void add_below(const Rounded<S>& c, V below, Gradient<V>& d) {
   if (NEGATIVE == Negative::exponential) {
     const Exponential<V> e = exponential(below);
     d.n = expm1_minus(e, below);
-    d.x = expm1_minus(e, V{}) * c.n + d.x;
+    // n (e^x - 1) + beta near zero, n e^x - (n - beta) far from it, where the slope's limit
+    // beta - n may be small beside beta; both ways cancel alike where e^x is 1/2
+    const auto far = below < S(-0.69314718);
+    const V one = far ? V{} : all<V>(S(1));
+    d.x = far ? all<V>(-c.n_minus_beta) : d.x;
+    d.x = (e.scale * (e.r + e.tail) + (e.scale - one)) * c.n + d.x;
   }
 }
 
 template <bool CUBIC, class V, class S>
 XIELU_INLINE void add_above(const Rounded<S>& c, V above, Gradient<V>& d) {
   d.p2 = above * above;
-  d.x = above * (2 * c.p2) + d.x;
+  V slope = all<V>(2 * c.p2);
   if (CUBIC) {
     d.p3 = d.p2 * above;
-    d.x = d.p2 * (3 * c.p3) + d.x;
+    // not 3 p3 x^2, whose x^2 overflows before the product does
+    slope = above * (3 * c.p3) + slope;
   }
+  d.x = above * slope + d.x;
 }
 
 template <bool CUBIC, Negative NEGATIVE, class V, class S>
@@ -637,25 +648,27 @@ void backward(const Task& task, const void* grad_y, const void* x, const void* b
                });
 }
 
+// Patterns without a sign are not below zero, but those that end their half are nans, which are
+// neither below nor above.
 template <class F>
-void with_half(const Task& task, int64_t begin, F f) {
+void with_half(const Task& task, int64_t end, F f) {
   with_storage(task.storage, [&]<class T>(T) {
     if constexpr (sizeof(typename T::type) == 2)
       with_shape(task.shape, [&]<bool CUBIC, Negative NEGATIVE>() {
-        if (begin < PATTERNS / 2) f.template operator()<T, CUBIC, Negative::zero>();
+        if (end < PATTERNS / 2) f.template operator()<T, CUBIC, Negative::zero>();
         else f.template operator()<T, CUBIC, NEGATIVE>();
       });
   });
 }
 
 void fill_y_table(const Task& task, uint16_t* table, int64_t begin, int64_t end) {
-  with_half(task, begin, [&]<class T, bool CUBIC, Negative NEGATIVE>() {
+  with_half(task, end, [&]<class T, bool CUBIC, Negative NEGATIVE>() {
     fill_y<T, CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), table, begin, end);
   });
 }
 
 void fill_derivatives_table(const Task& task, Derivatives* table, int64_t begin, int64_t end) {
-  with_half(task, begin, [&]<class T, bool CUBIC, Negative NEGATIVE>() {
+  with_half(task, end, [&]<class T, bool CUBIC, Negative NEGATIVE>() {
     fill_derivatives<T, CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), table, begin, end);
   });
 }

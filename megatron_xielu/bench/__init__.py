@@ -1,0 +1,1 @@
+"""Measurements of the kernels: time on CPUs and GPUs, errors, and machine code without a GPU."""
