@@ -1,9 +1,9 @@
 """Errors of the implementations against float64: measured, printed, and held to limits.
 
 What may be expected of an implementation follows from its arithmetic. The C++ kernels compute
-16-bit types in float64 and must round every result correctly. "eager" and the Triton kernels
-compute bfloat16 in float32: where the terms of the formula cancel, that shows after rounding, by a
-few of float32's roundings of the terms.
+16-bit types in float64 and must return the nearest number to every result. "eager" and the Triton
+kernels compute bfloat16 in float32: where the terms of the formula cancel, that shows after
+rounding, by a few of float32's roundings of the terms.
 """
 
 from __future__ import annotations
@@ -144,8 +144,6 @@ def run(*, quick: bool) -> bool:
     Raises:
         UserError: the CPU kernels cannot be built.
     """
-    if reason := load():
-        raise UserError(f"the CPU kernels cannot be built: {reason}")
     drawn, count = (4, 1 << 22) if quick else (40, 100_000_000)
     missed = []
     for title, figures in sections(drawn, count):
@@ -235,7 +233,7 @@ def alpha_sets(activation: Activation, drawn: int) -> list[list[Tensor]]:
         torch.tensor(ends, dtype=torch.float64).log() for ends in ((1e-3, 1e-4), (20, 99.5))
     )
     random = torch.rand(drawn, 2, generator=generator, dtype=torch.float64)
-    coefficients = [
+    effective = [
         *((a_p, a_n - BETA) for a_p, a_n in PAIRS),
         *(low + (high - low) * random).exp().tolist(),
     ]
@@ -244,7 +242,7 @@ def alpha_sets(activation: Activation, drawn: int) -> list[list[Tensor]]:
             torch.tensor(inverse_softplus({"p3": a_p / 10, "p2": a_p, "n": softplus_n}[name]))
             for name in activation.coefficients
         ]
-        for a_p, softplus_n in coefficients
+        for a_p, softplus_n in effective
     ]
 
 
@@ -268,13 +266,16 @@ def sixteen_bits(
         wrong += int(((value.double() != nearest) & counted & ~nearest.isnan()).sum())
         total += value.numel()
     row = f"{activation.name} {_short(dtype)} {impl}"
-    once = impl in ("cpu", NO_FMA) or compute_dtype(dtype) == torch.float64
+    kernel = impl in ("cpu", NO_FMA)
+    once = kernel or compute_dtype(dtype) == torch.float64
     yield from ulps.figures(row, "{}, ULP", ROUNDED if once else None)
     if not once:
         yield from roundings.figures(
             row, "{} beyond half an ULP, roundings of the terms", ROUNDINGS[impl]
         )
-    yield Figure(row, "not the nearest number, per million", 1e6 * wrong / total)
+    yield Figure(
+        row, "not the nearest number, per million", 1e6 * wrong / total, 0 if kernel else None
+    )
 
 
 # ---- float32
@@ -430,15 +431,17 @@ def data(dtype: torch.dtype, count: int, scale: float, correlation: float) -> tu
 def comparison(count: int) -> Iterator[tuple[str, str]]:
     """Titles and tables: xIELU in bfloat16, everyone with the same bfloat16 alphas.
 
+    Ours keep them, and so their gradients, in float32.
+
     Args:
         count: elements of the sums.
     """
     others, missing = peers()
     contenders = [
         *others,
-        *(Peer(impl, "ours", _compute(XIELU, impl)) for impl in ("eager", "cpu")),
+        *(Peer(impl, "ours", _with_float32_alphas(impl)) for impl in ("eager", "cpu")),
     ]
-    alphas = [alpha.bfloat16() for alpha in alpha_sets(XIELU, 0)[0]]
+    alphas = [alpha.bfloat16().reshape(1) for alpha in alpha_sets(XIELU, 0)[0]]
     x = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     exact = truth(XIELU, x, coefficients(XIELU, alphas, BETA))
     found = [peer.compute(x, alphas, torch.ones_like(x)) for peer in contenders]
@@ -490,9 +493,9 @@ def results(
     if impl not in ("cpu", NO_FMA):
         yield compute(x, alphas, grad_y)
         return
-    ops = torch.ops.megatron_xielu_cpu
+    names, ops = _instruction_sets(impl), torch.ops.megatron_xielu_cpu
     try:
-        for name in _instruction_sets(impl):
+        for name in names:
             ops.use_instruction_set(name)
             yield compute(x, alphas, grad_y)
             if x.dtype != torch.float32:
@@ -504,6 +507,8 @@ def results(
 
 def _instruction_sets(impl: str) -> list[str]:
     """Those of this machine with fused multiply-add, or without it."""
+    if reason := load():
+        raise UserError(f"the CPU kernels cannot be built: {reason}")
     without = {"baseline"} if platform.machine() == "x86_64" else set()
     names = torch.ops.megatron_xielu_cpu.instruction_sets()
     return [name for name in names if (name in without) == (impl == NO_FMA)]
@@ -521,6 +526,11 @@ def _compute(activation: Activation, impl: str) -> Compute:
         return Result(result.y.cpu(), result.dx.cpu(), result.alpha_gradients)
 
     return on_gpu
+
+
+def _with_float32_alphas(impl: str) -> Compute:
+    compute = _compute(XIELU, impl)
+    return lambda x, alphas, grad_y: compute(x, [alpha.float() for alpha in alphas], grad_y)
 
 
 def _compared(

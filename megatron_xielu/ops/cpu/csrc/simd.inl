@@ -342,6 +342,14 @@ XIELU_INLINE void to_double(f32v v, f64v* two) {
   for (int k = 0; k < 2; ++k) two[k] = __builtin_convertvector(halves[k], f64v);
 }
 
+// A float32 number whose last bit stands for those that were dropped. Rounding it to 16 bits gives
+// the nearest number, as if that were the only rounding.
+XIELU_INLINE f64v rounded_to_odd(f64v v) {
+  constexpr int64_t dropped = 0x1fffffff;
+  const i64v bits = (i64v)v;
+  return (f64v)((bits | ((bits & dropped) + dropped)) & ~dropped);
+}
+
 XIELU_INLINE f32v to_float(const f64v* two) {
   const f32half halves[2] = {__builtin_convertvector(two[0], f32half),
                              __builtin_convertvector(two[1], f32half)};
@@ -354,7 +362,7 @@ template <bool CUBIC, Negative NEGATIVE>
 XIELU_INLINE f32v exact_activation(const Rounded<double>& c, f32v x) {
   f64v v[2];
   to_double(x, v);
-  for (f64v& half : v) half = activation<CUBIC, NEGATIVE, false>(c, half);
+  for (f64v& half : v) half = rounded_to_odd(activation<CUBIC, NEGATIVE, false>(c, half));
   return to_float(v);
 }
 
@@ -364,7 +372,7 @@ XIELU_INLINE Gradient<f32v> exact_gradient(const Rounded<double>& c, f32v x) {
   to_double(x, v);
   for (int k = 0; k < 2; ++k) {
     const Gradient<f64v> d = gradient<CUBIC, NEGATIVE>(c, v[k]);
-    dx[k] = d.x, p2[k] = d.p2, p3[k] = d.p3, n[k] = d.n;
+    dx[k] = rounded_to_odd(d.x), p2[k] = d.p2, p3[k] = d.p3, n[k] = d.n;
   }
   return {to_float(dx), to_float(p2), to_float(p3), to_float(n)};
 }
