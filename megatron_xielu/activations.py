@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class TrainedActivation(nn.Module):
         super().__init__()
         self._formula, self._initial = FAMILY[name], dict(initial)
         self.beta, self.impl = beta, impl
-        if beta <= 0:
+        if not 0 < beta < math.inf:
             raise ValueError(f"beta={beta} must be > 0: it is the slope at zero")
         for alpha, value in initial.items():
             offset = self._offset(alpha)
@@ -90,14 +91,14 @@ class TrainedActivation(nn.Module):
         return self.beta if below else 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # mixed-precision wrappers call module.bfloat16(); a round trip would lose the low bits, so
-        # the values are kept aside and only what fn says about the device is followed
-        kept = [(alpha, alpha.data) for alpha in self.alphas()]
-        super()._apply(fn, recurse)
-        for alpha, data in kept:
-            if data.dtype.itemsize > alpha.dtype.itemsize:
-                alpha.data = data.to(alpha.device)
-        return self
+        # mixed-precision wrappers call module.bfloat16(); of what that does to the parameters and
+        # their gradients, only the device is followed
+        def keep_type(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            shorter = result.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(result.device) if shorter else result
+
+        return super()._apply(keep_type, recurse)
 
 
 class XIELU(TrainedActivation):

@@ -33,6 +33,17 @@ def test_a_shorter_type_leaves_the_alphas_alone(cast: str) -> None:
     assert all(a is b for a, b in zip(parameters, model[1].parameters(), strict=True))
 
 
+def test_gradients_keep_the_type_of_their_parameters() -> None:
+    module = XIELU()
+    module(torch.ones(3)).sum().backward()
+    module.bfloat16()
+    for alpha in module.alphas():
+        assert alpha.grad is not None
+        assert alpha.dtype == alpha.grad.dtype == torch.float32
+    module.to("meta", torch.bfloat16)
+    assert {(a.device.type, a.dtype) for a in module.alphas()} == {("meta", torch.float32)}
+
+
 def test_a_longer_type_is_followed() -> None:
     assert XIELU().double().alpha_p.dtype == torch.float64
 

@@ -51,6 +51,8 @@ def choose(x: Tensor, impl: str) -> tuple[str, str]:
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
+    if x.is_meta:
+        return "eager", "only shapes are computed"
     if impl != "auto":
         reason = None if impl == "reference" else _IMPLEMENTATIONS[impl].unavailable(x)
         if reason is not None:

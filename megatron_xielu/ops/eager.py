@@ -59,10 +59,12 @@ def backward(
     sums = {}
     if activation.alphas:
         sums["p2"] = _total(square * grad_y)
-    slope = above.mul_(2 * p2).add_(beta)
     if activation.cubic:
-        slope.addcmul_(square, 3 * p3)
-        sums["p3"] = _total(square.mul_(values).mul_(grad_y))
+        # not 3 p3 x^2, whose x^2 overflows before the product does
+        slope = above.mul(3 * p3).add_(2 * p2).mul_(above).add_(beta)
+        sums["p3"] = _total(square.mul_(above).mul_(grad_y))
+    else:
+        slope = above.mul_(2 * p2).add_(beta)
     match activation.below:
         case Below.EXPONENTIAL:
             exponential = torch.expm1(below)
@@ -94,8 +96,10 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p2, p3, n and n - beta, rounded once from float64."""
     one, zero = (like.new_full((), value) for value in (1.0, 0.0))
+    # zero times an infinite x would be no number
+    least = torch.finfo(like.dtype).tiny
     found = {
-        coefficient: F.softplus(alpha.double())
+        coefficient: F.softplus(alpha.double()).clamp(min=least)
         for coefficient, alpha in zip(activation.coefficients, alphas, strict=True)
     }
     excess = found.get("n", zero)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from megatron_xielu.ops import library
 from megatron_xielu.ops.dispatch import Impl, choose
@@ -105,6 +108,8 @@ def _apply(
     bias: Tensor | None,
     impl: Impl,
 ) -> Tensor:
+    if not math.isfinite(beta):
+        raise ValueError(f"{activation.name}: beta={beta} must be finite; the paper has 0.5")
     _check(activation, x, bias, alphas)
     # shape () broadcasts against every x, a 0-d x included, without changing its shape
     alphas = tuple(alpha.reshape(()) for alpha in alphas)
@@ -113,8 +118,19 @@ def _apply(
         wide = x if bias is None else x.to(dtype) + bias.to(dtype)
         return REFERENCES[activation.name](wide, *alphas, beta).to(x.dtype)
     if not torch.compiler.is_compiling():
+        _refuse_transforms(activation.name, (x, *alphas))
         choose(x, impl)
     return library.forward(x, bias, alphas, beta, activation.name, impl)
+
+
+def _refuse_transforms(name: str, tensors: tuple[Tensor, ...]) -> None:
+    """Refuse what the kernels have no rule for, and torch would answer with zero derivatives."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{name}: forward-mode derivatives and torch.func transforms are not implemented by "
+            'its kernels; use impl="reference"'
+        )
 
 
 def _check(
@@ -124,6 +140,9 @@ def _check(
     name = activation.name
     named = dict(zip(activation.alphas, alphas, strict=True))
     for what, tensor in ({"x": x} | named).items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            found = getattr(tensor, "layout", type(tensor).__name__)
+            raise TypeError(f"{name}: {what} must be a dense tensor, got {found}")
         if tensor.dtype not in DTYPES:
             legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name}: {what} is {tensor.dtype}; it must be one of {legal}")

@@ -113,5 +113,6 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softplus(alpha: Tensor, like: Tensor) -> Tensor:
-    # in float64, because a rounded coefficient would be an error of every element
-    return F.softplus(alpha.double()).to(like.dtype)
+    # in float64, because a rounded coefficient would be an error of every element; not below what
+    # like's type has, because zero times an infinite x is no number
+    return F.softplus(alpha.double()).to(like.dtype).clamp(min=torch.finfo(like.dtype).tiny)

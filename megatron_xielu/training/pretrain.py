@@ -105,10 +105,11 @@ def pretrain(request: Request) -> int:
         _run_rank(request, recipe)
     job = _job(request, recipe, Machine.detect(), check_data=True)
     # a GPU is asked by a rank, because asking takes memory there for as long as a process lives
-    activation = _activation(job) if job.machine.device == "cpu" else ""
+    activation = _activation(job) if job.machine.device == "cpu" else None
     lock = _claim(job)
     print(format_plan(plan(job.recipe, job.world_size)))
-    print(activation)
+    if activation is not None:
+        print(activation)
     ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
     print(f"\nrun folder {job.run_dir}, {ranks}, logs in {run_dir.LOGS}/\n", flush=True)
     # the ranks read the resolved recipe, so that all of them see the same run

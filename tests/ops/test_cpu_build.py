@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_xielu.ops.cpu import build
+
 SMALL = 'extern "C" int answer() { return 42; }\n'
 BUILD = """
 import sys
@@ -121,7 +123,7 @@ except ValueError as error:
 """
     out, err = end(start(program, CXX="no-such-compiler"))
     assert err.count("plain torch is") == 1, err
-    assert "no-such-compiler was looked for" in err
+    assert "'no-such-compiler' was looked for" in err
     assert "impl='cpu' cannot compute this" in out
     assert "apt install g++" in out
     assert not cache.exists()
@@ -137,6 +139,31 @@ print(xielu(torch.ones(3), torch.zeros(1), torch.zeros(1)).tolist())
     out, err = end(start(program))
     assert out == "[1.1931471824645996, 1.1931471824645996, 1.1931471824645996]"
     assert "the CPU kernels of xIELU are not used" in err
+
+
+def test_a_library_built_before_needs_no_compiler(sources: Path, cache: Path) -> None:
+    """As in an image: built there, the folder read-only, no compiler."""
+    first, _ = end(start(BUILD, sources, CXX=""))
+    for path in cache.iterdir():
+        path.chmod(0o444)
+    cache.chmod(0o555)
+    try:
+        out, err = end(start(BUILD, sources, CXX="no-such-compiler"))
+    finally:
+        cache.chmod(0o755)
+    assert (out, err) == (first, "")
+
+
+def test_flags_from_elsewhere_do_not_reach_the_library(sources: Path, cache: Path) -> None:
+    out, err = end(start(BUILD, sources, CXXFLAGS="--no-such-flag", CFLAGS="--no-such-flag"))
+    assert Path(out).exists(), err
+
+
+def test_the_command_that_builds_ahead_of_time() -> None:
+    command = [sys.executable, "-W", "error", "-m", "megatron_xielu.ops.cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == build.built()
 
 
 @pytest.mark.slow

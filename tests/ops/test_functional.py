@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from megatron_xielu import XIELU, xielu
 from megatron_xielu.ops import functional, library
@@ -255,11 +256,45 @@ def test_exported_with_a_dynamic_batch() -> None:
     assert "megatron_xielu.forward" in str(exported.graph)
 
 
+@pytest.mark.parametrize("impl", FUSED_IMPLS)
+def test_derivatives_that_kernels_do_not_have_are_refused(impl: str) -> None:
+    x, alphas = torch.linspace(-1, 1, 5), [alpha.detach() for alpha in raw(0.8, 0.8)]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return xielu(x, *alphas, impl=impl)
+
+    for transform in (
+        lambda: torch.func.jvp(function, (x,), (torch.ones(5),)),
+        lambda: torch.func.grad(lambda x: function(x).sum())(x),
+        lambda: torch.func.vmap(function)(x),
+    ):
+        with pytest.raises(RuntimeError, match=r'transforms .* use impl="reference"'):
+            transform()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        function(forward_ad.make_dual(x, torch.ones(5)))
+    _, tangent = torch.func.jvp(
+        lambda x: xielu(x, *alphas, impl="reference"), (x,), (torch.ones(5),)
+    )
+    assert float(tangent[2]) == 0.5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_inputs_of_vanishing_coefficients(impl: str, dtype: torch.dtype) -> None:
+    if impl == "cpu" and dtype == torch.float64:
+        impl = "auto"
+    x = torch.tensor([-math.inf, math.inf], dtype=dtype)
+    # softplus of it is zero in every type
+    alpha = torch.tensor([-1000.0])
+    assert xielu(x, alpha, alpha, impl=impl).tolist() == [math.inf, math.inf]
+
+
 def test_meta_tensors_have_a_shape_and_no_kernel() -> None:
     x = torch.empty(5, 3, device="meta", dtype=torch.bfloat16)
     alpha = torch.empty(1, device="meta")
-    y = xielu(x, alpha, alpha)
-    assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
+    for impl in get_args(Impl):
+        y = xielu(x, alpha, alpha, impl=impl)
+        assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
 
 
 def test_autocast_and_fp32_alphas_beside_bf16_input() -> None:
@@ -305,6 +340,9 @@ X, ALPHA = torch.ones(2, 3), torch.zeros(1)
             r"bias is torch.bfloat16 and x is torch.float32; cast .* \.to\(torch.float32\)",
         ),
         ((X, ALPHA, ALPHA), {"bias": torch.ones(2)}, ValueError, r"shape \(2,\), .* needs \(3,\)"),
+        ((X, 0.2, ALPHA), {}, TypeError, "alpha_p must be a dense tensor, got float"),
+        ((X.to_sparse(), ALPHA, ALPHA), {}, TypeError, "x must be a dense tensor, got torch.sp"),
+        ((X, ALPHA, ALPHA), {"beta": math.nan}, ValueError, "beta=nan must be finite"),
         (
             (X, ALPHA, ALPHA),
             {"impl": "cpu", "reference_numerics": True},
@@ -314,7 +352,7 @@ X, ALPHA = torch.ones(2, 3), torch.zeros(1)
     ],
 )
 def test_bad_input_is_refused_with_the_remedy(
-    arguments: tuple[torch.Tensor, ...],
+    arguments: tuple[object, ...],
     settings: dict[str, object],
     error: type[Exception],
     message: str,

@@ -2,7 +2,7 @@
 
 float32 is computed in float32. bfloat16 and float16 have 65,536 values, so a tensor with more
 elements than that looks up what was computed once per value in float64; smaller ones compute each
-element that way. Either way every result is rounded correctly, at memory speed.
+element that way.
 """
 
 from __future__ import annotations
@@ -68,9 +68,26 @@ def backward(
     )
     grads = [total.to(alpha.dtype) for total, alpha in zip(sums, alphas, strict=True)]
     if bias is not None:
-        # rows in a fixed order, summed in float32 or wider
-        grads.append(grad_x.flatten(0, -2).sum(0) if grad_x.dim() > 1 else grad_x.clone())
+        rows = grad_x.flatten(0, -2) if grad_x.dim() > 1 else grad_x[None]
+        grads.append(_column_sums(rows).to(bias.dtype))
     return [grad_x, *grads]
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """Sums of rows [n, columns], as they were rounded, in an order that threads do not change.
+
+    torch splits a sum over threads where it has few results, so each has at most 256 terms.
+    """
+    while len(rows) > 1:
+        whole = len(rows) // 256 * 256
+        pieces = [part.unflatten(0, (-1, size)) for part, size in _split(rows, whole)]
+        rows = torch.cat([piece.sum(1, dtype=torch.float64) for piece in pieces])
+    return rows.sum(0)
+
+
+def _split(rows: Tensor, whole: int) -> list[tuple[Tensor, int]]:
+    parts = [(rows[:whole], 256), (rows[whole:], len(rows) - whole)]
+    return [(part, size) for part, size in parts if len(part)]
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 The library is built by torch's extension builder into a cache folder, under a name made of the
 sources, the flags and torch's version. It holds the kernels of every instruction set and picks
 among them when it is loaded, so it may be built in an image and run on another machine:
-`python -m megatron_xielu.ops.cpu.build` does that and prints where it lies.
+`python -m megatron_xielu.ops.cpu` does that and prints where it lies.
 """
 
 from __future__ import annotations
@@ -65,11 +65,10 @@ def built() -> Path:
     library = cache_folder() / f"xielu_cpu-{_key()}.so"
     if library.exists():
         return library
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
+    if shutil.which(_compiler()) is None:
         raise RuntimeError(
-            f"no C++ compiler ({compiler} was looked for): install one (Debian: apt install g++), "
-            "or name one in CXX"
+            f"no C++ compiler ({_compiler()!r} was looked for): install one (Debian: apt install "
+            "g++), or name a program in CXX, without options"
         )
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
@@ -87,6 +86,10 @@ def built() -> Path:
     return library
 
 
+def _compiler() -> str:
+    return os.environ.get("CXX") or "c++"
+
+
 def _key() -> str:
     digest = hashlib.sha256()
     for text in (torch.__version__, platform.system(), platform.machine(), *FLAGS):
@@ -99,8 +102,16 @@ def _key() -> str:
 def _compile(folder: Path) -> Path:
     """Run torch's builder in a process of its own, because it is configured by global state."""
     command = [sys.executable, __file__, str(folder), *map(str, sorted(SOURCES.glob("*.cpp")))]
+    # the flags are ours alone: the library's name does not tell of others
+    flags = ("CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in flags}
     run = subprocess.run(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=folder,
+        env={**environment, "CXX": _compiler()},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     libraries = list(folder.glob("*.so"))
     if run.returncode != 0 or len(libraries) != 1:
@@ -112,8 +123,10 @@ def _compile_here(folder: str, sources: list[str]) -> None:
     from setuptools import Distribution
     from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
 
-    threads = ["-fopenmp"] if platform.system() == "Linux" else []
-    # torch brings the OpenMP library it was built with; linking another would add its threads
+    # torch brings the OpenMP library that GCC's code calls; linking one would add its threads, and
+    # clang's code calls another, so that it gets one thread
+    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    threads = [] if "clang" in version or platform.system() != "Linux" else ["-fopenmp"]
     extension = CppExtension("xielu_cpu", sources, extra_compile_args=[*FLAGS, *threads])
     builder = BuildExtension.with_options(use_ninja=is_ninja_available())
     command = builder(Distribution({"name": "xielu_cpu", "ext_modules": [extension]}))
@@ -123,7 +136,4 @@ def _compile_here(folder: str, sources: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        _compile_here(sys.argv[1], sys.argv[2:])
-    else:
-        print(built())
+    _compile_here(sys.argv[1], sys.argv[2:])

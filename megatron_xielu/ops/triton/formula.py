@@ -131,7 +131,7 @@ def gradient(x, coefficients, CUBIC: tl.constexpr, BELOW: tl.constexpr, ARITHMET
     Those that the activation does not have are there too and mean nothing; what a kernel does not
     use costs nothing.
     """
-    beta, p2, p3, n, _ = coefficients
+    beta, p2, p3, n, excess = coefficients
     above = _above(x)
     below = _below(x)
     square = above * above
@@ -149,15 +149,21 @@ def gradient(x, coefficients, CUBIC: tl.constexpr, BELOW: tl.constexpr, ARITHMET
             expm1 = tl.where(near, tl.fma(below * below, q, below), expm1)
         elif ARITHMETIC == "single":
             scale, r, tail = _exponential(below)
-            expm1 = _expm1_minus(scale, r, tail, 0.0)
             by_n = _expm1_minus(scale, r, tail, below)
+            # n (e^x - 1) + beta near zero, n e^x - (n - beta) far from it, where the slope's limit
+            # beta - n may be small beside beta; both ways cancel alike where e^x is 1/2
+            far = below < -0.69314718
+            expm1 = tl.fma(scale, r + tail, scale - tl.where(far, 0.0, 1.0))
+            slope = tl.where(far, -excess, beta)
         else:
             expm1 = tl.exp(below) - 1.0
             by_n = expm1 - below
         slope = tl.fma(n, expm1, slope)
-    slope = tl.fma(2.0 * p2, above, slope)
+    by_above = 2.0 * p2
     if CUBIC:
-        slope = tl.fma(3.0 * p3, square, slope)
+        # not 3 p3 x^2, whose x^2 overflows before the product does
+        by_above = tl.fma(3.0 * p3, above, by_above)
+    slope = tl.fma(by_above, above, slope)
     return slope, square, square * above, by_n
 
 
@@ -276,5 +282,6 @@ def _softplus(alpha, ARITHMETIC: tl.constexpr):
         e = tl.exp(-tl.abs(alpha))
         result = tl.where(e < 1e-8, e, tl.log(1.0 + e)) + tl.maximum(alpha, 0.0)
         if ARITHMETIC == "single":
-            result = result.to(tl.float32)
+            # zero times an infinite x would be no number
+            result = tl.maximum(result.to(tl.float32), 1.17549435e-38)
     return result

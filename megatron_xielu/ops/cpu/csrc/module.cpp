@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -71,7 +72,9 @@ Coefficients coefficients(const Formula& formula, at::TensorList alphas, double 
   c.beta = beta;
   c.p2 = 1;  // where it is not trained
   for (size_t i = 0; i < alphas.size(); ++i) {
-    const double effective = softplus(alphas[i].item<double>());
+    // zero times an infinite x would be no number
+    const double least = std::numeric_limits<float>::min();
+    const double effective = std::max(softplus(alphas[i].item<double>()), least);
     if (formula.alphas[i] == '2') c.p2 = effective;
     if (formula.alphas[i] == '3') c.p3 = effective;
     if (formula.alphas[i] == 'n') {

@@ -162,15 +162,15 @@ struct Float16 : Half<Float16> {
 };
 
 template <class T>
-XIELU_INLINE Block load(const void* from, const void* bias, int64_t i) {
+XIELU_INLINE Block load(const void* from, int64_t i) {
   typedef typename T::type type;
   prefetch((const type*)from + i, BLOCK);
-  Block block = T::load((const type*)from + i);
-  if (bias) {
-    const Block added = T::load((const type*)bias + i);
-    for (int64_t k = 0; k < VECTORS; ++k) block.v[k] += added.v[k];
-  }
-  return block;
+  return T::load((const type*)from + i);
+}
+
+template <class T>
+XIELU_INLINE Block load_bias(const void* bias, int64_t i) {
+  return bias ? T::load((const typename T::type*)bias + i) : Block{};
 }
 
 // ---- formulas
@@ -342,6 +342,13 @@ XIELU_INLINE void to_double(f32v v, f64v* two) {
   for (int k = 0; k < 2; ++k) two[k] = __builtin_convertvector(halves[k], f64v);
 }
 
+XIELU_INLINE void to_double_sum(f32v a, f32v b, f64v* two) {
+  f64v second[2];
+  to_double(a, two);
+  to_double(b, second);
+  for (int k = 0; k < 2; ++k) two[k] += second[k];
+}
+
 // A float32 number whose last bit stands for those that were dropped. Rounding it to 16 bits gives
 // the nearest number, as if that were the only rounding.
 XIELU_INLINE f64v rounded_to_odd(f64v v) {
@@ -359,17 +366,17 @@ XIELU_INLINE f32v to_float(const f64v* two) {
 }
 
 template <bool CUBIC, Negative NEGATIVE>
-XIELU_INLINE f32v exact_activation(const Rounded<double>& c, f32v x) {
+XIELU_INLINE f32v exact_activation(const Rounded<double>& c, f32v x, f32v bias) {
   f64v v[2];
-  to_double(x, v);
+  to_double_sum(x, bias, v);
   for (f64v& half : v) half = rounded_to_odd(activation<CUBIC, NEGATIVE, false>(c, half));
   return to_float(v);
 }
 
 template <bool CUBIC, Negative NEGATIVE>
-XIELU_INLINE Gradient<f32v> exact_gradient(const Rounded<double>& c, f32v x) {
+XIELU_INLINE Gradient<f32v> exact_gradient(const Rounded<double>& c, f32v x, f32v bias) {
   f64v v[2], dx[2], p2[2], p3[2], n[2];
-  to_double(x, v);
+  to_double_sum(x, bias, v);
   for (int k = 0; k < 2; ++k) {
     const Gradient<f64v> d = gradient<CUBIC, NEGATIVE>(c, v[k]);
     dx[k] = rounded_to_odd(d.x), p2[k] = d.p2, p3[k] = d.p3, n[k] = d.n;
@@ -385,7 +392,7 @@ void fill_y(const Rounded<double>& c, uint16_t* table, int64_t begin, int64_t en
   for (int64_t i = begin; i < end; i += BLOCK) {
     for (int64_t lane = 0; lane < BLOCK; ++lane) table[i + lane] = (uint16_t)(i + lane);
     Block block = T::load(table + i);
-    for (f32v& v : block.v) v = exact_activation<CUBIC, NEGATIVE>(c, v);
+    for (f32v& v : block.v) v = exact_activation<CUBIC, NEGATIVE>(c, v, f32v{});
     T::template store_block<false>(block, table + i);
   }
 }
@@ -395,7 +402,7 @@ void fill_derivatives(const Rounded<double>& c, Derivatives* table, int64_t begi
   for (int64_t i = begin; i < end; i += LANES) {
     u32v bits;
     for (int64_t lane = 0; lane < LANES; ++lane) bits[lane] = (uint32_t)(i + lane) << 16;
-    const Gradient<f32v> d = exact_gradient<CUBIC, NEGATIVE>(c, T::decode(bits));
+    const Gradient<f32v> d = exact_gradient<CUBIC, NEGATIVE>(c, T::decode(bits), f32v{});
     for (int64_t lane = 0; lane < LANES; ++lane) table[i + lane] = {d.x[lane], d.n[lane]};
   }
 }
@@ -459,14 +466,16 @@ XIELU_INLINE void forward_block(const Task& task, const void* x, const void* bia
                     (uint16_t*)y + i + k);
     }
   } else {
-    Block block = load<T>(x, bias, i);
+    Block block = load<T>(x, i);
+    const Block added = load_bias<T>(bias, i);
 #pragma GCC unroll VECTORS_AT_ONCE
-    for (f32v& v : block.v) {
+    for (int64_t k = 0; k < VECTORS; ++k) {
+      f32v& v = block.v[k];
       if (sizeof(type) == 4)
         v = activation<CUBIC, NEGATIVE, METHOD == Method::gentle>(
-            Rounded<float>(task.coefficients), v);
+            Rounded<float>(task.coefficients), bias ? v + added.v[k] : v);
       else
-        v = exact_activation<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), v);
+        v = exact_activation<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), v, added.v[k]);
     }
     T::template store_block<STREAM>(block, (type*)y + i);
   }
@@ -499,14 +508,17 @@ template <class T, Method METHOD, bool CUBIC, Negative NEGATIVE, bool STREAM>
 XIELU_INLINE void backward_block(const Task& task, const void* grad_y, const void* x,
                                  const void* bias, void* grad_x, int64_t i, LaneSums& sums) {
   typedef typename T::type type;
-  Block grad = load<T>(grad_y, nullptr, i), block = load<T>(x, bias, i);
+  Block grad = load<T>(grad_y, i), block = load<T>(x, i);
+  const Block added = load_bias<T>(bias, i);
 #pragma GCC unroll VECTORS_AT_ONCE
   for (int64_t k = 0; k < VECTORS; ++k) {
     Gradient<f32v> d{f32v{}, f32v{}, f32v{}, f32v{}};
     if constexpr (sizeof(type) == 4) {
-      d = gradient<CUBIC, NEGATIVE>(Rounded<float>(task.coefficients), block.v[k]);
+      d = gradient<CUBIC, NEGATIVE>(Rounded<float>(task.coefficients),
+                                    bias ? block.v[k] + added.v[k] : block.v[k]);
     } else if constexpr (METHOD == Method::exact) {
-      d = exact_gradient<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), block.v[k]);
+      d = exact_gradient<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), block.v[k],
+                                          added.v[k]);
     } else {
       const Pairs pairs = load_pairs((const uint16_t*)x + i + k / 2 * 2 * LANES);
       look_up(task.derivatives, k % 2 ? pairs.odd : pairs.even, d.x, d.n);
