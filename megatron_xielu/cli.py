@@ -122,6 +122,22 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    mode = "cpu"
+    for name in ("accuracy", "static", "gpu"):
+        mode = name if getattr(args, name) else mode
+    of = {
+        "threads": "cpu",
+        "dtype": "cpu",
+        "any_load": "cpu",
+        "quick": "accuracy",
+        "csv": "cpu gpu",
+    }
+    for option, modes in of.items():
+        if getattr(args, option) and mode not in modes.split():
+            raise UserError(
+                f"--{option.replace('_', '-')} means nothing with --{mode}; it belongs to "
+                f"--{modes.replace(' ', ' and --')}"
+            )
     if args.static:
         from megatron_xielu.bench import static
 
@@ -138,7 +154,10 @@ def _bench(args: argparse.Namespace) -> int:
         from megatron_xielu.bench import cpu
 
         passed = cpu.run(
-            threads=args.threads, dtypes=tuple(args.dtype or cpu.DTYPES), any_load=args.any_load
+            threads=args.threads or 2,
+            dtypes=tuple(args.dtype or cpu.DTYPES),
+            any_load=args.any_load,
+            csv=args.csv,
         )
     return 0 if passed else 1
 
@@ -226,13 +245,13 @@ def _parser() -> argparse.ArgumentParser:
         "--static", metavar="sm_90", help="compile the GPU kernels here and read the machine code"
     )
     mode.add_argument("--gpu", action="store_true", help="time the GPU kernels")
-    command.add_argument("--threads", type=_positive, default=2, help="with --cpu")
+    command.add_argument("--threads", type=_positive, help="with --cpu (default: 2)")
     command.add_argument("--dtype", choices=("fp32", "bf16"), action="append", help="with --cpu")
     command.add_argument(
         "--any-load", action="store_true", help="with --cpu: on a busy machine too"
     )
     command.add_argument("--quick", action="store_true", help="with --accuracy: smaller sums")
-    command.add_argument("--csv", type=Path, help="with --gpu: append the rows to this file")
+    command.add_argument("--csv", type=Path, help="with --cpu or --gpu: append the rows to it")
     command.set_defaults(run=_bench)
 
     command = commands.add_parser("quickstart", help="all of it once, on a tiny model")

@@ -7,19 +7,24 @@ of whatever writes a large fresh tensor, for every contender alike.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from csv import DictWriter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_xielu import __version__
 from megatron_xielu.activations import XIELU
 from megatron_xielu.bench.timing import Ratio, compare, idle_share
 from megatron_xielu.errors import UserError
@@ -67,13 +72,16 @@ class Row:
         return f"{self.what:<44}{self.value:>8.3f}  {gate:<16}{self.detail}"
 
 
-def run(*, threads: int, dtypes: tuple[str, ...], any_load: bool = False) -> bool:
+def run(
+    *, threads: int, dtypes: tuple[str, ...], any_load: bool = False, csv: Path | None = None
+) -> bool:
     """Measure, print, and say whether every gate was passed.
 
     Args:
         threads: of the measured processes.
         dtypes: names in `DTYPES`.
         any_load: measure on a busy machine too, where the figures say little.
+        csv: append a line for each figure to this file.
 
     Raises:
         UserError: the machine is busy, or the kernels cannot be built.
@@ -94,7 +102,41 @@ def run(*, threads: int, dtypes: tuple[str, ...], any_load: bool = False) -> boo
         for row in _in_own_process(dtype, threads):
             print(row, flush=True)
             passed &= row.passed
+            if csv is not None:
+                _append(csv, dtype, threads, row)
     return passed
+
+
+def _append(path: Path, dtype: str, threads: int, row: Row) -> None:
+    line = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "version": __version__,
+        "dtype": dtype,
+        "shape": f"{SHAPE[0]}x{SHAPE[1]}",
+        "what": row.what,
+        "value": f"{row.value:.4f}",
+        "detail": row.detail,
+        "limit": row.limit,
+    }
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = DictWriter(file, line)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(line)
+    except OSError as error:
+        raise UserError(f"--csv: {path} cannot be written: {error.strerror}") from error
+
+
+def _cpu_name() -> str:
+    try:
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
 
 
 def _in_own_process(dtype: str, threads: int) -> Iterator[Row]:
@@ -115,7 +157,9 @@ def _in_own_process(dtype: str, threads: int) -> Iterator[Row]:
 
 def memory(dtype: torch.dtype) -> Iterator[Row]:
     """Peak memory of one forward and backward beyond x and dy, in bytes per element."""
-    xielu(torch.ones(4, dtype=dtype, requires_grad=True), *_alphas()).float().sum().backward()
+    # what the first call of all imports is no memory of the kernels
+    small = torch.ones(4, dtype=dtype)
+    xielu(small.clone().requires_grad_(), *_alphas()).backward(small)
     x, grad = _filled(dtype).requires_grad_(), _filled(dtype)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     xielu(x, *_alphas()).backward(grad)
@@ -202,14 +246,26 @@ def _row(what: str, ratio: Ratio, limit: float | None = None, *, at_least: bool 
 
 
 def _refuse_wrong_kernels(dtype: torch.dtype) -> None:
-    """A wrong kernel's speed means nothing."""
-    x = torch.randn(1 << 18, dtype=torch.float64).to(dtype)
-    with torch.no_grad():
-        expected = xielu_reference(x.double(), *_alphas())
-        error = (xielu(x, *_alphas()).double() - expected).abs() / (1 + expected.abs())
-    bound = 2 * torch.finfo(dtype).eps
-    if not float(error.max()) <= bound:
-        raise RuntimeError(f"the CPU kernel is wrong by {float(error.max()):.1e} > {bound:.1e}")
+    """A wrong kernel's speed means nothing: y, dx and the alphas' gradients against float64."""
+    x, grad = (torch.randn(1 << 18).to(dtype) for _ in range(2))
+
+    def results(function: Callable[..., Tensor], wide: torch.dtype) -> list[Tensor]:
+        leaves = [
+            x.to(wide),
+            *(alpha.detach().to(torch.promote_types(wide, torch.float32)) for alpha in _alphas()),
+        ]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(wide))]
+
+    names = ("y", "dx", "alpha_p's gradient", "alpha_n's gradient")
+    pairs = zip(results(xielu, dtype), results(xielu_reference, torch.float64), strict=True)
+    for name, (got, want) in zip(names, pairs, strict=True):
+        error = float(((got.double() - want).abs() / (1 + want.abs())).max())
+        # one rounding of y and dx, and of the slope before; sums of many signs for the alphas
+        bound = torch.finfo(dtype).eps if got.numel() > 1 else 1e-5
+        if not error <= bound:
+            raise RuntimeError(f"the CPU kernel's {name} is wrong by {error:.1e} > {bound:.1e}")
 
 
 def _filled(dtype: torch.dtype) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from csv import DictReader
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_xielu import cli
 from megatron_xielu.bench import cpu, timing
 from megatron_xielu.bench.cpu import Row
 from megatron_xielu.errors import UserError
@@ -67,9 +70,37 @@ def test_idleness_is_a_share() -> None:
 
 @needs_kernels
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "xielu", lambda x, *_: x * 1.001)
-    with pytest.raises(RuntimeError, match="the CPU kernel is wrong by"):
-        next(iter(cpu.speed(torch.float32)))
+    right = cpu.xielu
+    wrong = {
+        "y": lambda x, *alphas: right(x, *alphas) * 1.001,
+        "dx": lambda x, *alphas: right(x, *alphas) + 0.001 * (x - x.detach()),
+        "alpha_p's gradient": lambda x, p, n: right(x, p + 0.001 * (p - p.detach()), n),
+    }
+    for name, kernel in wrong.items():
+        monkeypatch.setattr(cpu, "xielu", kernel)
+        with pytest.raises(RuntimeError, match=f"the CPU kernel's {name} is wrong by"):
+            next(iter(cpu.speed(torch.float32)))
+
+
+@needs_kernels
+def test_figures_are_appended_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Row("forward / copy", 1.08, "1.080 (1.0-1.1), 6.0 ms", 1.1), Row("other", 2.0)]
+    monkeypatch.setattr(cpu, "_in_own_process", lambda *_: iter(found))
+    path = tmp_path / "rows.csv"
+    for _ in range(2):
+        assert cpu.run(threads=2, dtypes=("bf16",), any_load=True, csv=path)
+    lines = list(DictReader(path.read_text().splitlines()))
+    assert [line["what"] for line in lines] == ["forward / copy", "other"] * 2
+    assert (lines[0]["value"], lines[0]["dtype"], lines[0]["threads"]) == ("1.0800", "bf16", "2")
+    with pytest.raises(UserError, match=r"--csv: .*none/rows.csv cannot be written: No such"):
+        cpu.run(threads=2, dtypes=("bf16",), any_load=True, csv=tmp_path / "none/rows.csv")
+
+
+def test_options_of_another_mode_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--static", "sm_90", "--threads", "2"]) == 2
+    assert "--threads means nothing with --static; it belongs to --cpu" in capsys.readouterr().err
+    assert cli.main(["bench", "--accuracy", "--csv", "rows.csv"]) == 2
+    assert "it belongs to --cpu and --gpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -168,9 +168,20 @@ XIELU_INLINE Block load(const void* from, int64_t i) {
   return T::load((const type*)from + i);
 }
 
+struct Inputs {
+  Block x, bias;
+};
+
+// Of float32 the bias is added here, of a 16-bit type in float64 later.
 template <class T>
-XIELU_INLINE Block load_bias(const void* bias, int64_t i) {
-  return bias ? T::load((const typename T::type*)bias + i) : Block{};
+XIELU_INLINE Inputs load_inputs(const void* x, const void* bias, int64_t i) {
+  Inputs in{load<T>(x, i), {}};
+  if (bias) {
+    in.bias = T::load((const typename T::type*)bias + i);
+    if (sizeof(typename T::type) == 4)
+      for (int64_t k = 0; k < VECTORS; ++k) in.x.v[k] += in.bias.v[k];
+  }
+  return in;
 }
 
 // ---- formulas
@@ -466,18 +477,17 @@ XIELU_INLINE void forward_block(const Task& task, const void* x, const void* bia
                     (uint16_t*)y + i + k);
     }
   } else {
-    Block block = load<T>(x, i);
-    const Block added = load_bias<T>(bias, i);
+    Inputs in = load_inputs<T>(x, bias, i);
 #pragma GCC unroll VECTORS_AT_ONCE
     for (int64_t k = 0; k < VECTORS; ++k) {
-      f32v& v = block.v[k];
+      f32v& v = in.x.v[k];
       if (sizeof(type) == 4)
         v = activation<CUBIC, NEGATIVE, METHOD == Method::gentle>(
-            Rounded<float>(task.coefficients), bias ? v + added.v[k] : v);
+            Rounded<float>(task.coefficients), v);
       else
-        v = exact_activation<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), v, added.v[k]);
+        v = exact_activation<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), v, in.bias.v[k]);
     }
-    T::template store_block<STREAM>(block, (type*)y + i);
+    T::template store_block<STREAM>(in.x, (type*)y + i);
   }
 }
 
@@ -508,21 +518,20 @@ template <class T, Method METHOD, bool CUBIC, Negative NEGATIVE, bool STREAM>
 XIELU_INLINE void backward_block(const Task& task, const void* grad_y, const void* x,
                                  const void* bias, void* grad_x, int64_t i, LaneSums& sums) {
   typedef typename T::type type;
-  Block grad = load<T>(grad_y, i), block = load<T>(x, i);
-  const Block added = load_bias<T>(bias, i);
+  Block grad = load<T>(grad_y, i);
+  const Inputs in = load_inputs<T>(x, bias, i);
 #pragma GCC unroll VECTORS_AT_ONCE
   for (int64_t k = 0; k < VECTORS; ++k) {
     Gradient<f32v> d{f32v{}, f32v{}, f32v{}, f32v{}};
     if constexpr (sizeof(type) == 4) {
-      d = gradient<CUBIC, NEGATIVE>(Rounded<float>(task.coefficients),
-                                    bias ? block.v[k] + added.v[k] : block.v[k]);
+      d = gradient<CUBIC, NEGATIVE>(Rounded<float>(task.coefficients), in.x.v[k]);
     } else if constexpr (METHOD == Method::exact) {
-      d = exact_gradient<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), block.v[k],
-                                          added.v[k]);
+      d = exact_gradient<CUBIC, NEGATIVE>(Rounded<double>(task.coefficients), in.x.v[k],
+                                          in.bias.v[k]);
     } else {
       const Pairs pairs = load_pairs((const uint16_t*)x + i + k / 2 * 2 * LANES);
       look_up(task.derivatives, k % 2 ? pairs.odd : pairs.even, d.x, d.n);
-      const f32v above = at_least(0.0f, block.v[k]);
+      const f32v above = at_least(0.0f, in.x.v[k]);
       d.p2 = above * above;
       d.p3 = d.p2 * above;
     }
