@@ -84,14 +84,17 @@ def run_transformers(steps: int) -> None:
 class Turns:
     """A listener that gives the turn away after each step; the wait is not part of a step."""
 
+    def __init__(self) -> None:
+        self._began: float | None = None
+
     def begin(self, **_: Any) -> None:
         pass
 
     def step(self, *, seconds_per_step: float, **_: Any) -> None:
         # Megatron's clock runs through the wait before the step, which belongs to the other side
         now = time.perf_counter()
-        wait_for_turn(now - self.begin if hasattr(self, "begin") else None)
-        self.begin = time.perf_counter()
+        wait_for_turn(None if self._began is None else now - self._began)
+        self._began = time.perf_counter()
 
     def validation(self, **_: Any) -> None:
         pass
