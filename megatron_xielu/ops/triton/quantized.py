@@ -294,8 +294,15 @@ class _Job:
             BLOCK_M=self.tile.rows,
             BLOCK_K=self.tile.columns,
             num_warps=self.tile.warps,
-            maxnreg=self.tile.registers if even else None,
+            maxnreg=self._register_limit() if even else None,
         )
+
+    def _register_limit(self) -> int | None:
+        # counted on Hopper; for Blackwell the same limit would spill, and the interpreter has none
+        if self.tile.registers is None or self.x.device.type == "cpu":
+            return None
+        target = triton.runtime.driver.active.get_current_target()
+        return self.tile.registers if target.arch == 90 else None
 
     def _finish(self, scale: Tensor, maxima: Tensor) -> None:
         finish_kernel[(1,)](
