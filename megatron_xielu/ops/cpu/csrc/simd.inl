@@ -79,7 +79,7 @@ XIELU_INLINE void prefetch(const Element* from, int64_t count) {
     __builtin_prefetch((const void*)((uintptr_t)from + PREFETCH_BYTES<Element> + byte), 0, 3);
 }
 
-// ---- storage types
+// storage types
 
 struct Block {
   f32v v[VECTORS];
@@ -184,7 +184,7 @@ XIELU_INLINE Inputs load_inputs(const void* x, const void* bias, int64_t i) {
   return in;
 }
 
-// ---- formulas
+// formulas
 
 // Constants of e^x; tail(r) is (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2.
 template <class V>
@@ -345,7 +345,7 @@ XIELU_INLINE Gradient<V> gradient(const Rounded<S>& c, V x) {
   return d;
 }
 
-// ---- float64 arithmetic for the 16-bit types
+// float64 arithmetic for the 16-bit types
 
 XIELU_INLINE void to_double(f32v v, f64v* two) {
   f32half halves[2];
@@ -395,7 +395,7 @@ XIELU_INLINE Gradient<f32v> exact_gradient(const Rounded<double>& c, f32v x, f32
   return {to_float(dx), to_float(p2), to_float(p3), to_float(n)};
 }
 
-// ---- tables
+// tables
 
 // entries [begin, end) of a table; NEGATIVE may be zero for patterns without a sign
 template <class T, bool CUBIC, Negative NEGATIVE>
@@ -458,7 +458,7 @@ XIELU_INLINE void look_up(const Derivatives* table, u32v bits, f32v& slope, f32v
 #endif
 }
 
-// ---- one block, `i` elements from the start
+// one block, `i` elements from the start
 
 // How a value is computed: float32 as it is (gentle or not); 16-bit types in float64, each value
 // once (a table) or each element.
@@ -545,7 +545,7 @@ XIELU_INLINE void backward_block(const Task& task, const void* grad_y, const voi
   T::template store_block<STREAM>(grad, (type*)grad_x + i);
 }
 
-// ---- runs of any length; the rest that fills no block is computed in one padded with zeros
+// runs of any length; the rest that fills no block is computed in one padded with zeros
 
 template <class T, Method METHOD, bool CUBIC, Negative NEGATIVE, bool STREAM>
 __attribute__((noinline)) void forward_run(const Task& shared, const void* x, const void* bias,
@@ -623,7 +623,7 @@ void move(const void* x, const void* z, void* y, int64_t bytes) {
   finish_streaming(STREAM);
 }
 
-// ---- the table of functions
+// the table of functions
 
 template <class F>
 void with_shape(Shape shape, F f) {
