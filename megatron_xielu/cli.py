@@ -93,6 +93,27 @@ def _convert_to_hf(args: argparse.Namespace) -> None:
     convert_to_hf(args.source, args.out, dtype=args.dtype, tokenizer=args.tokenizer)
 
 
+def _checkpoint_ls(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoint.inventory import table
+    from megatron_xielu.checkpoint.store import open_store
+
+    print(table(open_store(args.folder)))
+
+
+def _checkpoint_verify(args: argparse.Namespace) -> int:
+    from megatron_xielu.checkpoint.inventory import verify
+    from megatron_xielu.checkpoint.store import open_store
+
+    return 0 if verify(open_store(args.folder), args.steps, report=print) else 1
+
+
+def _checkpoint_rm(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoint.store import open_store
+
+    open_store(args.folder).remove(args.steps)
+    print(f"removed {', '.join(f'step {step}' for step in args.steps)}")
+
+
 def _verify(args: argparse.Namespace) -> int:
     from megatron_xielu.checkpoint.reference import megatron_logits
     from megatron_xielu.checkpoint.run import open_run
@@ -219,6 +240,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     command.add_argument("--tokenizer", type=Path, help="if the run's data is not here")
     command.set_defaults(run=_convert_to_hf)
+
+    checkpoint = commands.add_parser("checkpoint", help="the saved steps of a run")
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    for name, text, steps, action in (
+        ("ls", "list them", None, _checkpoint_ls),
+        ("verify", "read every byte; 1: a step is damaged", "*", _checkpoint_verify),
+        ("rm", "remove some, never the latest", "+", _checkpoint_rm),
+    ):
+        command = actions.add_parser(name, help=text)
+        command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+        if steps:
+            command.add_argument("steps", type=_positive, nargs=steps, metavar="STEP")
+        command.set_defaults(run=action)
 
     command = commands.add_parser("verify", help="compare an export with its checkpoint")
     command.add_argument("hf_dir", type=Path)

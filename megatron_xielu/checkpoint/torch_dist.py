@@ -106,11 +106,20 @@ class TorchDistReader:
         self._run(items, target, key)
         return target if index is None else target.squeeze(0)
 
-    def check_files(self, keys: Iterable[str]) -> None:
-        """Raises UserError naming the first data file of `keys` that is missing or too short."""
-        self._check_chunks(
-            MetadataIndex(key, chunk.offsets) for key in keys for chunk in self._entry(key).chunks
-        )
+    def check_files(self, keys: Iterable[str] | None = None) -> None:
+        """Raises UserError naming the first data file that is missing or too short.
+
+        Args:
+            keys: only the files of these tensors; None means of everything.
+        """
+        if keys is None:
+            self._check_chunks(self._reader.storage_data)
+        else:
+            self._check_chunks(
+                MetadataIndex(key, chunk.offsets)
+                for key in keys
+                for chunk in self._entry(key).chunks
+            )
 
     def common_state(self) -> dict[str, Any]:
         """The small state beside the tensors: "args" (Megatron's arguments), "iteration", ...

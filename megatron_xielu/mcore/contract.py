@@ -30,6 +30,7 @@ class Seam:
 
 
 _LOOP = "megatron.training.training"
+_SAVE = "megatron.training.checkpointing"
 SEAMS = (
     Seam(
         "megatron.core.transformer.mlp.MLP.forward",
@@ -162,6 +163,47 @@ SEAMS = (
         f"{_LOOP}.save_checkpoint_and_time",
         "is wrapped so that saving does not count as training time",
         "iteration",
+    ),
+    Seam(
+        f"{_LOOP}.save_checkpoint",
+        "is wrapped so that a save goes beside, and counts once it is whole",
+        "iteration model optimizer",
+        "ensure_directory_exists(checkpoint_name, check_parent=False)",
+    ),
+    Seam(
+        f"{_LOOP}.maybe_finalize_async_save",
+        "is wrapped so that a failed asynchronous save is a warning",
+        "blocking",
+    ),
+    Seam(
+        f"{_SAVE}.get_checkpoint_name",
+        "names the folder of a save",
+        "checkpoints_path iteration",
+    ),
+    Seam(
+        f"{_SAVE}.get_checkpoint_tracker_filename",
+        "names the file that says which step is the latest",
+        "checkpoints_path",
+    ),
+    Seam(
+        f"{_SAVE}.schedule_async_save",
+        "takes the request to which publishing is added",
+        "async_request",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.serialization.save_config",
+        "is wrapped so that rank 0's error does not leave the others waiting",
+        "config checkpoint_dir",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver."
+        "save_state_dict_async_finalize",
+        "raises CheckpointException on every rank when one could not write",
+        source='raise CheckpointException("write", node_failures)',
+    ),
+    Seam(
+        "megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER",
+        "is replaced by one that outlives a full disk",
     ),
     Seam(
         f"{_LOOP}.checkpoint_and_decide_exit",

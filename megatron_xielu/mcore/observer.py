@@ -15,6 +15,7 @@ from torch import nn
 from megatron_xielu.mcore import patches
 from megatron_xielu.mcore.activation import installed_activations
 from megatron_xielu.mcore.datasets import Datasets
+from megatron_xielu.mcore.tensorboard import outlive_full_disks
 
 LOSS = "lm loss"
 
@@ -40,6 +41,12 @@ class Listener(Protocol):
 
     def validation(self, *, step: int, loss: float) -> None:
         """Mean held-out loss in nats per token."""
+
+    def saved(self, *, step: int, seconds: float) -> None:
+        """`step` is saved whole; told on every rank."""
+
+    def save_failed(self, *, step: int, problem: str) -> None:
+        """`step` could not be saved, what was saved before is untouched; told on every rank."""
 
 
 class Observer:
@@ -76,6 +83,7 @@ class Observer:
             forward_step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any,
             valid_data: Any, process_non_loss: Any, config: Any, *args: Any, **kwargs: Any,
         ) -> Any:  # fmt: skip
+            outlive_full_disks()
             self.model = model
             self._valid_data = valid_data
             run = get_args()

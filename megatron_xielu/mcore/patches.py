@@ -100,9 +100,15 @@ def wrap_training(
     name: str, make_wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
     """Wrap function `name` of `megatron.training.training`, once however often it is called."""
-    original = _unwrapped(getattr(megatron.training.training, name))
-    wrapper = functools.wraps(original)(make_wrapper(original))
-    setattr(megatron.training.training, name, wrapper)
+    wrap(megatron.training.training, name, make_wrapper)
+
+
+def wrap(
+    owner: Any, name: str, make_wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Wrap function `name` of a module or class, once however often it is called."""
+    original = _unwrapped(getattr(owner, name))
+    setattr(owner, name, functools.wraps(original)(make_wrapper(original)))
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,6 +31,7 @@ from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer
+from megatron_xielu.mcore.saving import Saving, Store
 
 
 def pretrain(
@@ -40,6 +41,8 @@ def pretrain(
     *,
     alpha_lr_mult: float = 1.0,
     evaluate_first: bool = True,
+    store: Store | None = None,
+    async_save: bool = False,
 ) -> None:
     """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
 
@@ -49,17 +52,23 @@ def pretrain(
         listener: gets the run's numbers on the last rank.
         alpha_lr_mult: learning rate of the alphas relative to the other parameters.
         evaluate_first: evaluate before the first step of a new run.
+        store: takes the checkpoints; None leaves saving to Megatron alone.
+        async_save: let a child process write checkpoints where there is no GPU; with GPUs
+            Megatron's own flags decide.
 
     Raises:
         UserError: the installed Megatron-Core is not one this was written against.
         SystemExit: Megatron's way to end after a signal, with code 0 and a checkpoint saved.
     """
     contract.check_version()
-    cpu_platform.enable()
+    on_cpu = cpu_platform.enable()
     patches.skip_dataset_helper_build()
     patches.use_group_step_adamw()
     patches.group_alphas(alpha_lr_mult)
     args = _parse(argv)
+    if async_save and on_cpu:
+        # its parser wants the writer that is handed GPU memory; a fork has a snapshot of its own
+        args.async_save = True
     model = gpt_config_from_args(args)
     use_xielu(model.transformer, activation)
     # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
@@ -67,6 +76,8 @@ def pretrain(
     model.pre_wrap_hooks.append(install_on_chunks)
     datasets = Datasets()
     Observer(listener, datasets, evaluate_first=evaluate_first).attach()
+    if store is not None:
+        Saving(store, listener).attach()
     try:
         megatron_pretrain(
             pretrain_cfg_container_from_args(args, model),

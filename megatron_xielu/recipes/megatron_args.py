@@ -41,7 +41,7 @@ def megatron_args(
         _training(recipe),
         _parallel(recipe, world_size, device),
         _data(recipe, run_dir / "cache" / cache),
-        _checkpoint(recipe, run_dir),
+        _checkpoint(recipe, run_dir, device),
         _logging(recipe, run_dir),
         _precision(precision),
         _platform(device, transformer_impl, gradient_accumulation_fusion),
@@ -137,13 +137,18 @@ def _data(recipe: Recipe, cache: Path) -> Flags:
     return flags
 
 
-def _checkpoint(recipe: Recipe, run_dir: Path) -> Flags:
+def _checkpoint(recipe: Recipe, run_dir: Path, device: str) -> Flags:
+    # without a GPU the flag is refused, and pretrain switches it on by itself
+    async_save = recipe.checkpoint.async_save and device == "cuda"
     return {
         "--save": run_dir / "checkpoints",
         "--load": run_dir / "checkpoints",
         "--save-interval": recipe.checkpoint.save_interval,
         "--ckpt-format": "torch_dist",
         "--exit-signal-handler": True,
+        "--async-save": async_save,
+        "--use-persistent-ckpt-worker": async_save,
+        **({"--async-strategy": "mcore"} if async_save else {}),
     }
 
 

@@ -109,6 +109,14 @@ class Checkpoint:
     """When the run is saved; SIGTERM, Ctrl-C and the last step always save."""
 
     save_interval: int = 1000
+    keep_last: int | None = None
+    """How many of the newest steps stay; None keeps all."""
+    keep_every: int | None = None
+    """With keep_last: steps that are a multiple of it stay as well."""
+    async_save: bool = False
+    """Train on while a process beside writes; a save counts once all of it is on disk."""
+    on_corrupt: Literal["stop", "older"] = "stop"
+    """Where the newest step is damaged: stop and say so, or go on from the next older whole one."""
 
 
 @dataclass(frozen=True, kw_only=True)

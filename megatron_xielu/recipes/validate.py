@@ -25,6 +25,8 @@ _AT_LEAST_ONE = (
     "training.micro_batch_size",
     "training.seed",
     "checkpoint.save_interval",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "logging.log_interval",
     "logging.eval_interval",
 )
@@ -84,6 +86,7 @@ def validate(recipe: Recipe, world_size: int) -> list[str]:
         *_batch(recipe, world_size),
         *_schedule(recipe),
         *_optimizer(recipe),
+        *_checkpoint(recipe),
         *_xielu(recipe),
     ]
 
@@ -231,6 +234,22 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
         yield (
             "parallel.use_distributed_optimizer=false cannot go with training.precision=bf16: "
             "Megatron's plain bf16 optimizer cannot save the fp32 alphas; legal: true, or fp32"
+        )
+
+
+def _checkpoint(recipe: Recipe) -> Iterator[str]:
+    interval, every = recipe.checkpoint.save_interval, recipe.checkpoint.keep_every
+    if every is None:
+        return
+    if recipe.checkpoint.keep_last is None:
+        yield (
+            f"checkpoint.keep_every={every} means nothing while keep_last=null keeps all steps; "
+            "legal: keep_last=2, or keep_every=null"
+        )
+    if _indivisible(every, interval):
+        yield (
+            f"checkpoint.keep_every={every} is not a multiple of save_interval={interval}, so no "
+            f"such step is saved; nearest legal: {_multiples(every, interval)}"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import io
 import os
 import signal
 import socket
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 # a rank whose peer died hangs in a collective; it gets this long to notice by itself
 _GRACE_SECONDS = 5.0
@@ -124,7 +126,10 @@ def report_error(message: str, terminal: TextIO) -> None:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[TextIO]:
-    """Send this process's stdout and stderr, C++ included, to a file; yields the terminal."""
+    """Send this process's stdout and stderr, C++ included, to a file; yields the terminal.
+
+    What a full disk does not take of them is dropped, so that a log cannot end a run.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -132,14 +137,40 @@ def logged_to(path: Path) -> Iterator[TextIO]:
     with open(path, "ab", buffering=0) as log, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_log_stream(descriptor) for descriptor in (1, 2))
         try:
             yield terminal
         finally:
+            sys.stdout, sys.stderr = streams
             sys.stdout.flush()
             sys.stderr.flush()
             for copy, descriptor in zip(kept, (1, 2), strict=True):
                 os.dup2(copy, descriptor)
                 os.close(copy)
+
+
+class _Log(io.RawIOBase):
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return len(data)
+
+
+def _log_stream(descriptor: int) -> TextIO:
+    return io.TextIOWrapper(_Log(descriptor), errors="backslashreplace", write_through=True)  # type: ignore[type-var]
 
 
 def _environment(rank: int, nproc: int, port: int, error_end: int) -> Mapping[str, str]:

@@ -235,12 +235,20 @@ def _train(job: Job, terminal: TextIO) -> None:
                 listener,
                 alpha_lr_mult=xielu.lr_mult,
                 evaluate_first=job.recipe.logging.eval_iters != 0,
+                store=run_dir.store(job.run_dir, job.recipe),
+                async_save=job.recipe.checkpoint.async_save,
             )
         except SystemExit as stop:
             if stop.code:
                 raise RuntimeError(f"Megatron ended with exit code {stop.code}") from stop
+            listener.check_saved()
             listener.stopped()
+        listener.check_saved()
     torch.distributed.destroy_process_group()
+
+
+class SaveError(Exception):
+    """The run is over and its last state could not be saved."""
 
 
 class _Listener:
@@ -250,6 +258,7 @@ class _Listener:
         self._job = job
         self._terminal = terminal
         self._reporter: Reporter | None = None
+        self._unsaved: str | None = None
 
     def begin(self, *, start_step: int, train_iters: int, tokens_per_step: int) -> None:
         self._reporter = Reporter(
@@ -279,6 +288,21 @@ class _Listener:
         assert self._reporter is not None
         self._reporter.validation(step, loss)
 
+    def saved(self, *, step: int, seconds: float) -> None:
+        self._unsaved = None
+
+    def save_failed(self, *, step: int, problem: str) -> None:
+        self._unsaved = f"step {step} could not be saved: {problem}"
+        if self._reporter is not None:
+            whole = run_dir.latest_step(self._job.run_dir)
+            stays = f"step {whole} stays the newest whole one" if whole else "nothing is saved yet"
+            print(f"warning: {self._unsaved}; {stays}", file=self._terminal)
+
+    def check_saved(self) -> None:
+        """Raise SaveError if the run's last state is lost."""
+        if self._unsaved is not None:
+            raise SaveError(self._unsaved)
+
     def stopped(self) -> None:
         """Say that a signal ended the run and where it stands."""
         if self._reporter is not None:
@@ -303,6 +327,8 @@ def _describe(error: BaseException, job: Job, log: Path) -> str:
     saved = f"step {step} is saved whole, and training can go on from it"
     if not step:
         saved = "nothing was saved yet"
+    if isinstance(error, SaveError):
+        return f"{error}\nmake room and give the same command again: {saved}"
     if _is_disk_full(error, job.run_dir):
         return f"the disk of {job.run_dir} is full; make room: {saved}"
     summary = traceback.format_exception_only(error)[-1].strip().splitlines()[0]

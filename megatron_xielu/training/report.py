@@ -8,6 +8,7 @@ each step once, whatever kills and resumes the run went through; numbers that JS
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -101,8 +102,9 @@ class Reporter:
                 f"at the steps after {start_step}"
             )
         self._evaluated = {record["step"] for record in kept if record.get("type") == "valid"}
-        # line-buffered: whoever follows the file sees whole records, at once
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        # whoever follows the file sees whole records, at once
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         self._start_time = clock()
 
     def header(self) -> None:
@@ -150,6 +152,7 @@ class Reporter:
 
     def close(self) -> None:
         """Close the metrics file; the reporter is of no use afterwards."""
+        self._append(b"")
         self._file.close()
 
     def _record(self, metrics: StepMetrics, now: float) -> dict[str, Any]:
@@ -200,7 +203,17 @@ class Reporter:
         return legend
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_without_nonfinite(record), allow_nan=False) + "\n")
+        self._append(json.dumps(_without_nonfinite(record), allow_nan=False).encode() + b"\n")
+
+    def _append(self, lines: bytes) -> None:
+        """Write lines, and those that a full disk did not take before; a run outlives that."""
+        self._unwritten += lines
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def _print_row(self, row: str) -> None:
         if self._lines_since_header is None or self._lines_since_header >= _LINES_PER_HEADER:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_xielu.checkpoint.run import check_arguments, open_run
-from megatron_xielu.checkpoint.torch_dist import INDEX, TorchDistReader
+from megatron_xielu.checkpoint.run import check_arguments
+from megatron_xielu.checkpoint.store import Store
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, diff, load_recipe, to_yaml
 
@@ -19,7 +18,6 @@ RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 FLAGS = "megatron_flags.txt"
-_LATEST = "latest_checkpointed_iteration.txt"
 # what may differ between two starts of one run: how it is computed, reported and saved, and how
 # long it goes on; all else would make it another run
 _MAY_CHANGE = (
@@ -39,19 +37,15 @@ _MAY_CHANGE = (
 )
 
 
+def store(run_dir: Path, recipe: Recipe) -> Store:
+    """The run's checkpoints, kept as the recipe says."""
+    kept = recipe.checkpoint
+    return Store(run_dir / CHECKPOINTS, kept.keep_last, kept.keep_every, to_yaml(recipe))
+
+
 def latest_step(run_dir: Path) -> int:
-    """The step of the newest whole checkpoint, 0 if there is none."""
-    path = run_dir / CHECKPOINTS / _LATEST
-    if not path.is_file():
-        return 0
-    text = path.read_text().strip()
-    if not text.isdigit():
-        whole = [_step_of(folder) for folder in _step_folders(run_dir) if _is_whole(folder)]
-        raise UserError(
-            f"{path} says {text!r} instead of a step number: its last write was cut off. Write "
-            f"{max(whole, default=0)} into it, the newest whole step, or remove it to start anew."
-        )
-    return int(text)
+    """The step that training goes on from, 0 if there is none."""
+    return Store(run_dir / CHECKPOINTS).latest()
 
 
 def claim(
@@ -75,22 +69,42 @@ def claim(
         UserError: the folder cannot be written, is in use, or holds a run of another recipe or
             model.
     """
-    step = latest_step(run_dir)
     if (run_dir / RECIPE).is_file():
         _check_same_run(run_dir, recipe, progress)
-    elif (run_dir / CHECKPOINTS).exists():
+    elif Store(run_dir / CHECKPOINTS).steps():
         raise UserError(
             f"{run_dir} has {CHECKPOINTS}/ but no {RECIPE}, so nothing says what they are. Put the "
             "run's recipe back or choose another --run-dir."
         )
-    if step:
-        checkpoint = open_run(run_dir)
-        reader = TorchDistReader(checkpoint.path)
+    lock = _lock(run_dir)
+    checkpoints = store(run_dir, recipe)
+    checkpoints.recover(progress)
+    if step := _whole_step(checkpoints, recipe, progress):
+        reader = TorchDistReader(checkpoints.path(step))
         check_arguments(reader, recipe, overridden=_names(megatron_flags))
-        reader.check_files(reader.keys())
-    lock = _write(run_dir, recipe, megatron_flags, progress)
-    _remove_unfinished(run_dir, step, progress)
+    _write(run_dir, recipe, megatron_flags, progress)
     return lock
+
+
+def _whole_step(checkpoints: Store, recipe: Recipe, progress: Callable[[str], None]) -> int:
+    """The step to go on from, every byte of it checked; 0 to start anew."""
+    step = checkpoints.latest()
+    damage = checkpoints.problems(step, checksums=True) if step else []
+    if not damage:
+        return step
+    found = "\n".join(f"  {problem}" for problem in damage)
+    older = checkpoints.newest_whole(below=step)
+    remedy = "copy the step here again"
+    if not older:
+        remedy = f"No older step is whole: {remedy}, or remove {checkpoints.folder} to start anew."
+    elif recipe.checkpoint.on_corrupt == "stop":
+        remedy = f"Step {older} is whole: checkpoint.on_corrupt=older goes on from it; or {remedy}."
+    if not older or recipe.checkpoint.on_corrupt == "stop":
+        raise UserError(f"{checkpoints.path(step)} is damaged:\n{found}\n{remedy}")
+    aside = checkpoints.set_aside(step)
+    checkpoints.set_latest(older)
+    progress(f"step {step} is damaged, now {aside}:\n{found}\ngoing on from step {older}")
+    return older
 
 
 def _check_same_run(run_dir: Path, recipe: Recipe, progress: Callable[[str], None]) -> None:
@@ -108,11 +122,8 @@ def _check_same_run(run_dir: Path, recipe: Recipe, progress: Callable[[str], Non
 
 def _write(
     run_dir: Path, recipe: Recipe, flags: Sequence[str], progress: Callable[[str], None]
-) -> int:
+) -> None:
     try:
-        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-        (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
-        lock = _lock(run_dir)
         given = run_dir / FLAGS
         before = given.read_text() if given.is_file() else ""
         if before != shlex.join(flags) and (run_dir / RECIPE).is_file():
@@ -121,16 +132,17 @@ def _write(
         partial = run_dir / f".{RECIPE}.{os.getpid()}"
         partial.write_text(to_yaml(recipe), encoding="utf-8")
         partial.replace(run_dir / RECIPE)
-        return lock
     except OSError as error:
-        raise UserError(
-            f"the run folder {run_dir} cannot be written: {error.strerror}. Choose another "
-            "--run-dir, or make it writable."
-        ) from error
+        raise _not_writable(run_dir, error) from error
 
 
 def _lock(run_dir: Path) -> int:
-    descriptor = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+        descriptor = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise _not_writable(run_dir, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -142,27 +154,13 @@ def _lock(run_dir: Path) -> int:
     return descriptor
 
 
+def _not_writable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the run folder {run_dir} cannot be written: {error.strerror}. Choose another "
+        "--run-dir, or make it writable."
+    )
+
+
 def _names(flags: Sequence[str]) -> set[str]:
     """Megatron's names of the arguments that flags set: --rotary-percent 0.5 is rotary_percent."""
     return {word.removeprefix("--").replace("-", "_") for word in flags if word.startswith("--")}
-
-
-def _step_folders(run_dir: Path) -> list[Path]:
-    folders = (run_dir / CHECKPOINTS).glob("iter_*")
-    return sorted(folder for folder in folders if re.fullmatch(r"iter_\d{7,}", folder.name))
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("iter_"))
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / INDEX).is_file()
-
-
-def _remove_unfinished(run_dir: Path, step: int, progress: Callable[[str], None]) -> None:
-    # no save can be at work: the folder is locked
-    for folder in _step_folders(run_dir):
-        if _step_of(folder) > step and not _is_whole(folder):
-            shutil.rmtree(folder)
-            progress(f"removed {folder}: its save was cut off")

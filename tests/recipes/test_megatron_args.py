@@ -43,6 +43,8 @@ UNPARSED: dict[str, set[str]] = {section: set() for section in SAME_NAMES} | {
     },
     "training": {"precision"},
     "data": {"path"},
+    # Megatron writes, what stays and what counts is decided here
+    "checkpoint": {"keep_last", "keep_every", "on_corrupt"},
 }
 
 
@@ -216,3 +218,11 @@ def test_schedule_is_the_papers() -> None:
     assert [lr(1000), lr(2000), lr(55_500)] == [4e-4, 8e-4, 8e-4]
     assert lr(62_750) == pytest.approx(8e-4 * (1 - math.sqrt(0.5)), rel=1e-12)
     assert lr(70_000) == 0.0
+
+
+def test_an_asynchronous_save_is_megatrons_on_gpus_alone(parser: argparse.ArgumentParser) -> None:
+    recipe = _recipe("tiny", "checkpoint.async_save=true")
+    args = parser.parse_args(_argv(recipe, **GPU))
+    assert (args.async_save, args.use_persistent_ckpt_worker) == (True, True)
+    assert args.async_strategy == "mcore"
+    assert parser.parse_args(_argv(recipe)).async_save is False

@@ -174,6 +174,19 @@ RULES = [
         "parallel.use_distributed_optimizer=false cannot go with training.precision=bf16: "
         "Megatron's plain bf16 optimizer cannot save the fp32 alphas; legal: true, or fp32",
     ),
+    (["checkpoint.keep_last=0"], 2, "checkpoint.keep_last=0 must be at least 1; nearest legal: 1"),
+    (
+        ["checkpoint.keep_every=200"],
+        2,
+        "checkpoint.keep_every=200 means nothing while keep_last=null keeps all steps; "
+        "legal: keep_last=2, or keep_every=null",
+    ),
+    (
+        ["checkpoint.keep_last=2", "checkpoint.keep_every=150"],
+        2,
+        "checkpoint.keep_every=150 is not a multiple of save_interval=100, so no such step is "
+        "saved; nearest legal: 100, 200",
+    ),
     (["logging.eval_iters=-1"], 2, "logging.eval_iters=-1 must not be negative; nearest legal: 0"),
     ([], 0, "world_size=0 must be at least 1; nearest legal: 1"),
 ]
