@@ -77,7 +77,7 @@ def pretrain(
     datasets = Datasets()
     Observer(listener, datasets, evaluate_first=evaluate_first).attach()
     if store is not None:
-        Saving(store, listener).attach()
+        Saving(store, listener).attach(args)
     try:
         megatron_pretrain(
             pretrain_cfg_container_from_args(args, model),

@@ -40,6 +40,10 @@ _UNKNOWN = "a rank could not write; the logs say why"
 class Store(Protocol):
     """Where checkpoints go; used by rank 0 alone, but for `staging` and `describe`."""
 
+    @property
+    def folder(self) -> Path:
+        """All of them."""
+
     def begin(self, step: int) -> Path:
         """Make an empty folder for a save."""
 
@@ -76,8 +80,22 @@ class Saving:
         self._at_work = False
         self._began = 0.0
 
-    def attach(self) -> None:
-        """Wrap the functions of Megatron that save."""
+    def attach(self, args: Any) -> None:
+        """Wrap the functions of Megatron that save.
+
+        Raises:
+            UserError: an argument of Megatron's decides what is decided here.
+        """
+        if args.save_retain_interval is not None:
+            raise UserError(
+                f"--save-retain-interval {args.save_retain_interval} is Megatron's own removal of "
+                "checkpoints: set checkpoint.keep_last and checkpoint.keep_every instead"
+            )
+        if Path(args.save) != self.store.folder:
+            raise UserError(
+                f"--save {args.save} is another folder than the run's {self.store.folder}: choose "
+                "where to save by --run-dir; --load may name any folder"
+            )
         checkpointing = megatron.training.checkpointing
         patches.wrap_training("save_checkpoint", self._around_save)
         patches.wrap_training("maybe_finalize_async_save", self._around_finalize)

@@ -224,3 +224,11 @@ def test_a_run_whose_end_cannot_be_saved_fails(data_dir: Path, small_disk: Path)
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert latest(folder) == 12
+
+
+def test_flags_that_decide_what_recipes_decide(data_dir: Path, tmp_path: Path) -> None:
+    words = command(tmp_path / "run", data_dir)
+    message = refused([*words, "--", "--save-retain-interval", "10"])
+    assert "set checkpoint.keep_last and checkpoint.keep_every instead" in message
+    message = refused([*words, "--", "--save", str(tmp_path)])
+    assert "choose where to save by --run-dir" in message
