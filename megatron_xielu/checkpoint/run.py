@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.checkpoint.torch_dist import Opaque, TorchDistReader
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, head_dim, load_recipe, num_query_groups
+from megatron_xielu.unpickle import Opaque
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _RECIPE = "recipe.yaml"

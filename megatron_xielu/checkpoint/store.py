@@ -20,6 +20,7 @@ from megatron_xielu.checkpoint import manifest as manifests
 from megatron_xielu.checkpoint.manifest import FileRecord, Manifest
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
+from megatron_xielu.unpickle import INDEX
 
 LATEST = "latest_checkpointed_iteration.txt"
 _NEW_LATEST = f".{LATEST}.new"
@@ -174,7 +175,7 @@ class Store:
                 progress(f"removed {path}: its save was cut off")
         for step in self.steps():
             # a save of stock Megatron's, which writes in place and its index last
-            if step > self.latest() and not (self.path(step) / ".metadata").is_file():
+            if step > self.latest() and not (self.path(step) / INDEX).is_file():
                 self._remove(step)
                 progress(f"removed {self.path(step)}: its save was cut off")
 

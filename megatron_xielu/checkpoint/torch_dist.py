@@ -9,12 +9,8 @@ run no code.
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import io
-import pathlib
 import pickle
-import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
@@ -34,8 +29,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_xielu.errors import UserError
+from megatron_xielu.unpickle import load_plain, read_index
 
-INDEX = ".metadata"
 _COMMON_STATE = "common_state/shard_0_1"
 _LEGACY_COMMON_STATE = "common.pt"
 _REMEDY = "Copy the checkpoint again, or use another step."
@@ -55,7 +50,7 @@ class TorchDistReader:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._reader = FileSystemReader(self.path)
-        metadata = _read_index(self.path)
+        metadata = read_index(self.path)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._objects: list[str] = []
@@ -129,7 +124,7 @@ class TorchDistReader:
         """
         legacy = self.path / _LEGACY_COMMON_STATE
         if legacy.is_file():
-            return _load_plain(legacy.read_bytes(), legacy)
+            return load_plain(legacy.read_bytes(), legacy)
         if _COMMON_STATE not in self._objects:
             return {}
         index = MetadataIndex(_COMMON_STATE)
@@ -137,7 +132,7 @@ class TorchDistReader:
         info = self._reader.storage_data[index]
         with (self.path / info.relative_path).open("rb") as file:
             file.seek(info.offset)
-            state = _load_plain(file.read(info.length), self.path / info.relative_path)
+            state = load_plain(file.read(info.length), self.path / info.relative_path)
         # a sharded object is stored as the list of its local shards
         return state[0] if isinstance(state, list) else state
 
@@ -179,19 +174,6 @@ class TorchDistReader:
             ) from error
 
 
-class Opaque:
-    """Stands for a value whose class is not loaded."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 class _Into(DefaultLoadPlanner):
     """Puts every chunk that is read into its place in one tensor."""
 
@@ -206,94 +188,3 @@ class _Into(DefaultLoadPlanner):
         ):
             view = view.narrow(dim, start, length)
         return view
-
-
-def _read_index(path: Path) -> Metadata:
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder; a checkpoint is a folder like iter_0000200.")
-    index = path / INDEX
-    if not index.is_file():
-        raise UserError(
-            f"{path} is not a finished torch_dist checkpoint: it has no {INDEX} file, which is "
-            f"written last. Use another step, or save with --ckpt-format torch_dist."
-        )
-    try:
-        metadata = _IndexUnpickler(io.BytesIO(index.read_bytes())).load()
-    except UserError:
-        raise
-    except Exception as error:
-        # a damaged pickle fails in many ways, none of which tells the user more than its name
-        raise UserError(f"{index} is damaged ({type(error).__name__}). {_REMEDY}") from error
-    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-        raise UserError(f"{index} is not the index of a torch_dist checkpoint.")
-    return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Allows the classes an index consists of; Megatron's own additions become `Opaque`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _INDEX_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.partition(".")[0] == "megatron":
-            return Opaque
-        raise UserError(
-            f"The checkpoint's {INDEX} names {module}.{name}, which no index needs and which could "
-            f"run code. It is not read; get the checkpoint from its source again."
-        )
-
-
-_INDEX_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-}
-
-
-def _load_plain(data: bytes, source: Path) -> Any:
-    """`torch.load` of plain values only; other classes are replaced by `Opaque`, never imported."""
-    # the answer must not depend on what else this process has imported: Megatron, once it is, has
-    # registered its classes
-    registered = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        return _load_registering(data, source)
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(registered)
-
-
-def _load_registering(data: bytes, source: Path) -> Any:
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    known = {"argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath"}
-    allowed: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath]
-    allowed += [(Opaque, name) for name in unknown if name not in known]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"The saved arguments in {source} cannot be read ({str(error).splitlines()[0]}). "
-            f"{_REMEDY}"
-        ) from error

@@ -202,6 +202,21 @@ SEAMS = (
         source='raise CheckpointException("write", node_failures)',
     ),
     Seam(
+        "megatron.core.dist_checkpointing.serialization.load_common",
+        "loads an older checkpoint's common.pt, with weights alone",
+        "checkpoint_dir",
+    ),
+    Seam(
+        "torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata",
+        "unpickles an index, which is looked at before",
+        source="pickle.load",
+    ),
+    Seam(
+        "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
+        "unpickles objects, which are loaded with weights alone before",
+        "self read_item value",
+    ),
+    Seam(
         "megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER",
         "is replaced by one that outlives a full disk",
     ),

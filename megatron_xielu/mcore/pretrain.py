@@ -26,7 +26,7 @@ from megatron.training.training import pretrain as megatron_pretrain
 from torch import Tensor
 
 from megatron_xielu.errors import UserError
-from megatron_xielu.mcore import contract, cpu_platform, patches
+from megatron_xielu.mcore import contract, cpu_platform, patches, safe_load
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
@@ -57,12 +57,14 @@ def pretrain(
             Megatron's own flags decide.
 
     Raises:
-        UserError: the installed Megatron-Core is not one this was written against.
+        UserError: the installed Megatron-Core is not one this was written against, an argument is
+            refused, or a checkpoint could run code.
         SystemExit: Megatron's way to end after a signal, with code 0 and a checkpoint saved.
     """
     contract.check_version()
     on_cpu = cpu_platform.enable()
     patches.skip_dataset_helper_build()
+    refused = safe_load.enable()
     patches.use_group_step_adamw()
     patches.group_alphas(alpha_lr_mult)
     args = _parse(argv)
@@ -85,6 +87,10 @@ def pretrain(
             ModelType.encoder_or_decoder,
             forward_step,
         )
+    except BaseException as error:
+        if refused:
+            raise refused[0] from error
+        raise
     finally:
         # Megatron leaves what came after the last step to the end of the process
         writer = get_tensorboard_writer()

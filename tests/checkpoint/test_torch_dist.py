@@ -14,8 +14,9 @@ from index_file import edit_index
 from torch.distributed.checkpoint.metadata import Metadata
 from write_checkpoint import weight_of
 
-from megatron_xielu.checkpoint.torch_dist import Opaque, TorchDistReader
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
+from megatron_xielu.unpickle import Opaque
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 ALPHA_P = "decoder.layers.mlp.activation_func.alpha_p"

@@ -78,12 +78,18 @@ def _wait_for(
     staging = run_dir / "checkpoints/.saving"
     # whether it comes while modules are imported, in a step or in a save is left to the clock
     deadline = time.monotonic() + chance.uniform(0.5, 12.0)
+    saves_left = chance.randint(0, 5)
+    was_saving = False
     while process.poll() is None:
+        saving = staging.is_dir()
         if target == "anywhere" and time.monotonic() > deadline:
             return True
-        if target == "inside_saves" and staging.is_dir():
-            time.sleep(chance.uniform(0.0, 0.06))
-            return True
+        if target == "inside_saves" and saving and not was_saving:
+            if not saves_left:
+                time.sleep(chance.uniform(0.0, 0.06))
+                return True
+            saves_left -= 1
+        was_saving = saving
         time.sleep(0.001)
     return False
 

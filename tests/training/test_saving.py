@@ -76,7 +76,7 @@ def test_kills_of_ranks(data_dir: Path, straight: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fifty_kills_of_ranks(data_dir: Path, tmp_path: Path) -> None:
-    steps, kills = 100, 0
+    steps, kills = 300, 0
     often = [*OFTEN, *length(steps), "checkpoint.keep_last=2"]
     straight = tmp_path / "straight"
     done = run(command(straight, data_dir, *often))
