@@ -57,6 +57,13 @@ def _extra(error: ModuleNotFoundError) -> str:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    from megatron_xielu.signals import StopSignals
+    from megatron_xielu.training import launch
+
+    signals = StopSignals()
+    if launch.is_rank():
+        # before the imports below, which take seconds
+        signals.listen()
     from megatron_xielu.training.pretrain import Request, dry_run, pretrain
 
     request = Request(
@@ -69,7 +76,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     if args.dry_run or args.for_gpu:
         dry_run(request, for_gpu=args.for_gpu)
         return 0
-    return pretrain(request)
+    return pretrain(request, signals)
 
 
 def _prepare_data(args: argparse.Namespace) -> None:

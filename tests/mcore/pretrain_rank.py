@@ -31,6 +31,18 @@ class Recorder:
     def validation(self, **numbers: Any) -> None:
         self.valid.append(numbers)
 
+    def saved(self, **numbers: Any) -> None:
+        pass
+
+    def save_failed(self, **numbers: Any) -> None:
+        raise AssertionError(f"no save may fail here: {numbers}")
+
+    def stop_needs(self, **numbers: Any) -> None:
+        pass
+
+    def stopped(self, **numbers: Any) -> None:
+        pass
+
 
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
