@@ -71,6 +71,9 @@ def pretrain(
     patches.skip_dataset_helper_build()
     patches.use_group_step_adamw()
     patches.group_alphas(alpha_lr_mult)
+    preemption = Preemption(signals or StopSignals())
+    # before the arguments are parsed: Megatron makes its own signal handler then
+    preemption.attach()
     args = _parse(argv)
     if async_save and on_cpu:
         # its parser wants the writer that is handed GPU memory; a fork has a snapshot of its own
@@ -81,8 +84,6 @@ def pretrain(
     model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
     model.pre_wrap_hooks.append(install_on_chunks)
     datasets = Datasets()
-    preemption = Preemption(signals or StopSignals())
-    preemption.attach()
     observer = Observer(listener, datasets, preemption, evaluate_first=evaluate_first)
     observer.attach()
     if store is not None:
