@@ -72,6 +72,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         run_dir=args.run_dir,
         nproc=args.nproc,
         megatron_flags=args.megatron_flags,
+        allow_changed=tuple(args.allow_changed),
     )
     if args.dry_run or args.for_gpu:
         dry_run(request, for_gpu=args.for_gpu)
@@ -213,6 +214,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
     command.add_argument(
         "--nproc", type=_positive, help="ranks to start here (default: one per GPU, or TP x PP)"
+    )
+    command.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this key of the recipe differ from the saved run's; may be given again",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="print recipe, numbers and Megatron's arguments"

@@ -20,6 +20,7 @@ from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir
+from megatron_xielu.training.changes import check_keys
 from megatron_xielu.training.report import Reporter, StepMetrics
 from megatron_xielu.training.resolve import Machine, resolve
 
@@ -45,6 +46,8 @@ class Request:
     nproc: int | None = None
     """Ranks to start; None means one per GPU, or as many as the model is cut into."""
     megatron_flags: tuple[str, ...] = ()
+    allow_changed: tuple[str, ...] = ()
+    """Recipe keys that may differ from the saved run's although they change its result."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Job:
     machine: Machine
     megatron_flags: tuple[str, ...]
     data: DatasetInfo | None
+    allow_changed: tuple[str, ...]
 
     def argv(self) -> list[str]:
         """Megatron's flags; the user's own come last, and the last one wins."""
@@ -102,6 +106,7 @@ def pretrain(request: Request, signals: StopSignals | None = None) -> int:
         UserError: something about the request is wrong; nothing was started or written.
     """
     recipe = load_recipe(request.recipe, request.overrides)
+    check_keys(request.allow_changed)
     if launch.is_rank():
         # read when the GPU is first touched; Megatron asks for it under tensor parallelism
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -151,7 +156,8 @@ def _job(
     check(resolved, world_size)
     _check_resolved(resolved)
     folder = (request.run_dir or Path("runs") / recipe.name).absolute()
-    return Job(resolved, folder, world_size, machine, request.megatron_flags, data)
+    allowed = request.allow_changed
+    return Job(resolved, folder, world_size, machine, request.megatron_flags, data, allowed)
 
 
 def _check_resolved(recipe: Recipe) -> None:
@@ -221,7 +227,14 @@ def _activation(job: Job) -> str:
 
 
 def _claim(job: Job) -> int:
-    return run_dir.claim(job.run_dir, job.recipe, megatron_flags=job.megatron_flags, progress=print)
+    return run_dir.claim(
+        job.run_dir,
+        job.recipe,
+        megatron_flags=job.megatron_flags,
+        data=job.data,
+        allowed=job.allow_changed,
+        progress=print,
+    )
 
 
 def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
