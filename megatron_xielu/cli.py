@@ -57,6 +57,13 @@ def _extra(error: ModuleNotFoundError) -> str:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    from megatron_xielu.signals import StopSignals
+    from megatron_xielu.training import launch
+
+    signals = StopSignals()
+    if launch.is_rank():
+        # before the imports below, which take seconds
+        signals.listen()
     from megatron_xielu.training.pretrain import Request, dry_run, pretrain
 
     request = Request(
@@ -65,11 +72,12 @@ def _pretrain(args: argparse.Namespace) -> int:
         run_dir=args.run_dir,
         nproc=args.nproc,
         megatron_flags=args.megatron_flags,
+        allow_changed=tuple(args.allow_changed),
     )
     if args.dry_run or args.for_gpu:
         dry_run(request, for_gpu=args.for_gpu)
         return 0
-    return pretrain(request)
+    return pretrain(request, signals)
 
 
 def _prepare_data(args: argparse.Namespace) -> None:
@@ -206,6 +214,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
     command.add_argument(
         "--nproc", type=_positive, help="ranks to start here (default: one per GPU, or TP x PP)"
+    )
+    command.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this key of the recipe differ from the saved run's; may be given again",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="print recipe, numbers and Megatron's arguments"

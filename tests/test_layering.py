@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_xielu"
 # from the bottom up: a part may import its own layer and those below it
 LAYERS = (
-    {"errors", "folders", "unpickle"},
+    {"errors", "folders", "signals", "unpickle"},
     {"ops"},
     {"activations"},
     {"megatron_xielu"},

@@ -141,8 +141,9 @@ SEAMS = (
     ),
     Seam(
         f"{_LOOP}.evaluate",
-        "is wrapped for the held-out loss",
-        "forward_step_func data_iterator",
+        "is wrapped for the held-out loss, and left after a signal",
+        "forward_step_func data_iterator model process_non_loss_data_func config",
+        "ft_integration.on_eval_step_start()",
     ),
     Seam(
         f"{_LOOP}.build_train_valid_test_data_loaders",
@@ -222,8 +223,23 @@ SEAMS = (
     ),
     Seam(
         f"{_LOOP}.checkpoint_and_decide_exit",
-        "saves and ends the run after SIGTERM",
-        source="signal_handler.signals_received()",
+        "saves and ends the run after a signal",
+        source="if any(signal_handler.signals_received()):",
+    ),
+    Seam(
+        "megatron.training.global_vars._set_signal_handler",
+        "is replaced by a handler that knows of earlier signals",
+        "exit_signal",
+        "_GLOBAL_SIGNAL_HANDLER = DistributedSignalHandler(exit_signal)",
+    ),
+    Seam(
+        "megatron.training.dist_signal_handler.all_gather_item",
+        "tells every rank of a signal",
+        "item dtype",
+    ),
+    Seam(
+        "megatron.training.ft_integration.on_eval_step_start",
+        "is where an evaluation can be left",
     ),
 )
 

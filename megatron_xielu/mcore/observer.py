@@ -15,6 +15,7 @@ from torch import nn
 from megatron_xielu.mcore import patches
 from megatron_xielu.mcore.activation import installed_activations
 from megatron_xielu.mcore.datasets import Datasets
+from megatron_xielu.mcore.preemption import Preemption
 from megatron_xielu.mcore.tensorboard import outlive_full_disks
 
 LOSS = "lm loss"
@@ -48,6 +49,21 @@ class Listener(Protocol):
     def save_failed(self, *, step: int, problem: str) -> None:
         """`step` could not be saved, what was saved before is untouched; told on every rank."""
 
+    def stop_needs(self, *, wait: float, save: float) -> None:
+        """A checkpoint was saved in mid-run; a stop takes `wait` + `save` seconds at most so far.
+
+        `wait` is the longest step or evaluation batch, `save` the longest save.
+        """
+
+    def stopped(self, *, trained: bool, seconds: float | None, bound: float) -> None:
+        """The run ends before its end.
+
+        Args:
+            trained: whether this start got to training, and so has saved.
+            seconds: since the signal; None if it was no signal that ended the run.
+            bound: what `stop_needs` told, this save included.
+        """
+
 
 class Observer:
     """Wraps Megatron's logging and evaluation; its own output and TensorBoard scalars stay.
@@ -55,12 +71,23 @@ class Observer:
     Args:
         listener: called on the last rank alone, every `log_interval` steps and at evaluations.
         datasets: the run's dataset provider.
+        preemption: is asked before the first step, leaves evaluations and times saves.
         evaluate_first: also evaluate before the first step of a new run.
     """
 
-    def __init__(self, listener: Listener, datasets: Datasets, *, evaluate_first: bool) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        datasets: Datasets,
+        preemption: Preemption,
+        *,
+        evaluate_first: bool,
+    ) -> None:
         self.listener = listener
         self.datasets = datasets
+        self.preemption = preemption
+        self.trained = False
+        """Whether training has begun."""
         self.evaluate_first = evaluate_first
         self.model: Sequence[nn.Module] = ()
         self._losses: list[torch.Tensor] = []
@@ -76,19 +103,20 @@ class Observer:
         patches.wrap_training("training_log", self._around_training_log)
         patches.wrap_training("evaluate", self._around_evaluate)
         patches.wrap_training("evaluate_and_print_results", self._around_evaluate_and_print)
-        patches.wrap_training("save_checkpoint_and_time", self._off_the_clock)
+        patches.wrap_training("save_checkpoint_and_time", self._around_save)
 
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def observed(
             forward_step: Any, model: Any, optimizer: Any, scheduler: Any, train_data: Any,
             valid_data: Any, process_non_loss: Any, config: Any, *args: Any, **kwargs: Any,
         ) -> Any:  # fmt: skip
+            self.preemption.exit_if_asked()
             outlive_full_disks()
             self.model = model
             self._valid_data = valid_data
             run = get_args()
             self._last_step = run.iteration
-            if _is_reporting_rank():
+            if is_reporting_rank():
                 self.listener.begin(
                     start_step=run.iteration,
                     train_iters=run.train_iters,
@@ -98,6 +126,9 @@ class Observer:
                 megatron.training.training.evaluate_and_print_results(
                     "initialization", forward_step, valid_data, model, 0, process_non_loss, config
                 )
+                self.preemption.exit_if_asked()
+            self.trained = True
+            self.preemption.start_clock()
             self._interval_start = time.perf_counter()
             return train(
                 forward_step, model, optimizer, scheduler, train_data, valid_data,
@@ -128,8 +159,8 @@ class Observer:
         def observed(forward_step: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
             if data is self._valid_data:
                 data = self.datasets.from_the_first(data)
-            losses, *rest = evaluate(forward_step, data, *args, **kwargs)
-            # nothing comes back when the time is up
+            losses, *rest = self.preemption.evaluate(evaluate, forward_step, data, *args, **kwargs)
+            # nothing comes back when the time is up or the run is to stop
             if losses and LOSS in losses:
                 self._valid_loss = float(losses[LOSS])
             return losses, *rest
@@ -150,9 +181,24 @@ class Observer:
             if iteration == self._last_valid_step:
                 return
             self._last_valid_step = iteration
+            self._valid_loss = None
             report(prefix, forward_step, data, model, iteration, *args, **kwargs)
-            if _is_reporting_rank() and self._valid_loss is not None:
+            if is_reporting_rank() and self._valid_loss is not None:
                 self.listener.validation(step=iteration, loss=self._valid_loss)
+
+        return observed
+
+    def _around_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        save = self._off_the_clock(save)
+
+        def observed(iteration: int, *args: Any, **kwargs: Any) -> Any:
+            with self.preemption.saving():
+                result = save(iteration, *args, **kwargs)
+            in_mid_run = iteration < get_args().train_iters and not self.preemption.agreed
+            if in_mid_run and is_reporting_rank():
+                told = self.preemption
+                self.listener.stop_needs(wait=told.longest_wait, save=told.longest_save)
+            return result
 
         return observed
 
@@ -172,7 +218,7 @@ class Observer:
         losses, self._losses = self._losses, []
         begin, self._interval_start = self._interval_start, time.perf_counter()
         steps, self._last_step = iteration - self._last_step, iteration
-        if not _is_reporting_rank() or not losses:
+        if not is_reporting_rank() or not losses:
             return
         # reading the loss waits for the device, so the clock is read after it
         loss = float(torch.stack(losses).mean())
@@ -211,5 +257,6 @@ def gather_alphas(model: Sequence[nn.Module], num_layers: int) -> tuple[list[flo
     return alphas[0].tolist(), alphas[1].tolist()
 
 
-def _is_reporting_rank() -> bool:
+def is_reporting_rank() -> bool:
+    """Whether the listener is called here: on the last rank, which has the loss."""
     return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1

@@ -16,6 +16,8 @@ from typing import Any
 import megatron.core.datasets.utils
 import megatron.core.optimizer
 import megatron.core.optimizer.distrib_optimizer
+import megatron.training.ft_integration
+import megatron.training.global_vars
 import megatron.training.training
 from megatron.core.optimizer import ParamKey
 
@@ -109,6 +111,40 @@ def wrap(
     """Wrap function `name` of a module or class, once however often it is called."""
     original = _unwrapped(getattr(owner, name))
     setattr(owner, name, functools.wraps(original)(make_wrapper(original)))
+
+
+def use_signal_handler(handler: Any, listen: Callable[[int], None]) -> None:
+    """Let Megatron's loop ask `handler.signals_received()` after every step.
+
+    Megatron makes its own handler when its globals are set, and forgets a signal that came before.
+
+    Args:
+        listen: called with the number of Megatron's --exit-signal instead.
+    """
+
+    def set_signal_handler(exit_signal: int) -> None:
+        listen(exit_signal)
+        megatron.training.global_vars._GLOBAL_SIGNAL_HANDLER = handler
+
+    original = _unwrapped(megatron.training.global_vars._set_signal_handler)
+    wrapper = functools.wraps(original)(set_signal_handler)
+    megatron.training.global_vars._set_signal_handler = wrapper
+
+
+def before_each_evaluation_batch(action: Callable[[], None]) -> None:
+    """Call `action` on every rank before each batch of Megatron's evaluation.
+
+    `megatron.training.ft_integration.on_eval_step_start` is what Megatron calls there, outside the
+    pipeline's schedule, so that `action` may hold a collective and may raise on all ranks.
+    """
+    original = _unwrapped(megatron.training.ft_integration.on_eval_step_start)
+
+    @functools.wraps(original)
+    def with_action() -> None:
+        action()
+        original()
+
+    megatron.training.ft_integration.on_eval_step_start = with_action
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,8 +30,10 @@ from megatron_xielu.mcore import contract, cpu_platform, patches, safe_load
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
-from megatron_xielu.mcore.observer import LOSS, Listener, Observer
+from megatron_xielu.mcore.observer import LOSS, Listener, Observer, is_reporting_rank
+from megatron_xielu.mcore.preemption import Preemption
 from megatron_xielu.mcore.saving import Saving, Store
+from megatron_xielu.signals import StopSignals
 
 
 def pretrain(
@@ -43,6 +45,7 @@ def pretrain(
     evaluate_first: bool = True,
     store: Store | None = None,
     async_save: bool = False,
+    signals: StopSignals | None = None,
 ) -> None:
     """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
 
@@ -55,11 +58,14 @@ def pretrain(
         store: takes the checkpoints; None leaves saving to Megatron alone.
         async_save: let a child process write checkpoints where there is no GPU; with GPUs
             Megatron's own flags decide.
+        signals: what this process was sent so far; None means that it listens from now on.
+
+    Returns after a stop as well, with a checkpoint saved if training had begun.
 
     Raises:
         UserError: the installed Megatron-Core is not one this was written against, an argument is
             refused, or a checkpoint could run code.
-        SystemExit: Megatron's way to end after a signal, with code 0 and a checkpoint saved.
+        RuntimeError: Megatron ended the process by itself.
     """
     contract.check_version()
     on_cpu = cpu_platform.enable()
@@ -67,6 +73,9 @@ def pretrain(
     refused = safe_load.enable()
     patches.use_group_step_adamw()
     patches.group_alphas(alpha_lr_mult)
+    preemption = Preemption(signals or StopSignals())
+    # before the arguments are parsed: Megatron makes its own signal handler then
+    preemption.attach()
     args = _parse(argv)
     if async_save and on_cpu:
         # its parser wants the writer that is handed GPU memory; a fork has a snapshot of its own
@@ -77,9 +86,11 @@ def pretrain(
     model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
     model.pre_wrap_hooks.append(install_on_chunks)
     datasets = Datasets()
-    Observer(listener, datasets, evaluate_first=evaluate_first).attach()
+    observer = Observer(listener, datasets, preemption, evaluate_first=evaluate_first)
+    observer.attach()
     if store is not None:
         Saving(store, listener).attach(args)
+    ended_early = False
     try:
         megatron_pretrain(
             pretrain_cfg_container_from_args(args, model),
@@ -87,6 +98,11 @@ def pretrain(
             ModelType.encoder_or_decoder,
             forward_step,
         )
+    except SystemExit as end:
+        # no code at all is its way out of a checkpoint that it cannot load
+        if end.code != 0:
+            raise RuntimeError(f"Megatron ended the process with code {end.code}") from end
+        ended_early = True
     except BaseException as error:
         if refused:
             raise refused[0] from error
@@ -96,6 +112,12 @@ def pretrain(
         writer = get_tensorboard_writer()
         if writer is not None:
             writer.flush()
+    if (ended_early or preemption.agreed) and is_reporting_rank():
+        listener.stopped(
+            trained=observer.trained,
+            seconds=preemption.seconds_since_signal(),
+            bound=preemption.bound(),
+        )
 
 
 def _parse(argv: Sequence[str]) -> Any:

@@ -1,7 +1,7 @@
 """Recipes: what decides a pretraining run, checked as a whole and turned into Megatron's flags."""
 
 from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
-from megatron_xielu.recipes.loader import diff, load_recipe, preset_names, to_yaml
+from megatron_xielu.recipes.loader import diff, load_recipe, preset_names, recipe_keys, to_yaml
 from megatron_xielu.recipes.megatron_args import megatron_args
 from megatron_xielu.recipes.schema import Recipe
 from megatron_xielu.recipes.validate import RecipeError, check, validate
@@ -17,6 +17,7 @@ __all__ = [
     "megatron_args",
     "num_query_groups",
     "preset_names",
+    "recipe_keys",
     "to_yaml",
     "validate",
 ]

@@ -186,8 +186,9 @@ def _finite(raw: int | float | str) -> float:
 def _unknown(path: str, raw: Any) -> str:
     kind = "section" if "." not in path and isinstance(raw, dict) else "key"
     section, _, key = path.rpartition(".")
-    siblings = _top_level() if not section else [p for p in _paths() if p.startswith(f"{section}.")]
-    if match := _closest(key, siblings, 0.6) or _closest(key, _paths(), 0.8):
+    in_section = [p for p in recipe_keys() if p.startswith(f"{section}.")]
+    siblings = in_section if section else _top_level()
+    if match := _closest(key, siblings, 0.6) or _closest(key, recipe_keys(), 0.8):
         return f"{path}: unknown {kind}; did you mean {match}?"
     return f"{path}: unknown {kind}; known: {', '.join(siblings)}"
 
@@ -202,7 +203,7 @@ def _top_level() -> list[str]:
     return list(get_type_hints(Recipe))
 
 
-def _paths() -> list[str]:
+def recipe_keys() -> list[str]:
     """Every key as "section.key", and the keys of the top level."""
     paths = []
     for name, hint in get_type_hints(Recipe).items():

@@ -15,13 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+from megatron_xielu.signals import STOP_SIGNALS
 
 # a rank whose peer died hangs in a collective; it gets this long to notice by itself
 _GRACE_SECONDS = 5.0
 ERROR_MARK = "error: "
 _PR_SET_PDEATHSIG = 1
 _ERROR_PIPE = "MEGATRON_XIELU_ERROR_PIPE"
+
+
+class Stopped(BaseException):
+    """A signal came before there was a rank to tell; like KeyboardInterrupt, no Exception."""
 
 
 def is_rank() -> bool:
@@ -65,8 +71,9 @@ def launch(
 ) -> int:
     """Run `python -m megatron_xielu ARGUMENTS` as `nproc` ranks of this machine until they end.
 
-    SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM, which saves and ends the run; a second
-    one ends the ranks at once. When a rank fails, the others are ended and its error is printed.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP reach every rank as SIGTERM, which saves and ends the run;
+    SIGINT after another of them ends the ranks at once. When a rank fails, the others are ended and
+    its error is printed.
 
     Args:
         keep_open: file descriptors that the ranks inherit.
@@ -103,14 +110,30 @@ def launch(
         _kill(ranks)
     messages = [_read(error) for error in errors]
     failed = [rank for rank in ended if ranks[rank].returncode]
-    # a rank that was stopped before Megatron listens to signals ends by the signal itself
-    if not failed or (signals and all(ranks[r].returncode == -signal.SIGTERM for r in failed)):
+    # a rank that was stopped before Python could listen ends by the signal itself, which ends the
+    # others' attempts to reach it
+    if not failed or (signals and any(ranks[r].returncode == -signal.SIGTERM for r in failed)):
         return 0
     rank = min(failed, key=lambda rank: _consequence(ranks[rank].returncode, messages[rank]))
     code = ranks[rank].returncode
     message = messages[rank] or _explain(rank, code, log_path(log_dir, rank))
     print(f"{ERROR_MARK}{message}", file=sys.stderr, flush=True)
     return code if code in (1, 2) else 1
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Raise `Stopped` at a stop signal; `launch` has its own way while there are ranks."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped
+
+    kept = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def report_error(message: str, terminal: TextIO) -> None:
@@ -212,14 +235,16 @@ def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[li
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        # a scheduler gives notice by one signal and may repeat it by another while ranks save
+        at_once = len(received) > 1 and number == signal.SIGINT
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+                process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
         if len(received) == 1:
-            print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
+            text = "stopping after this step; Ctrl-C now stops at once"
+            print(text, file=sys.stderr, flush=True)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    kept = {number: signal.signal(number, forward) for number in numbers}
+    kept = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         yield received
     finally:

@@ -7,7 +7,6 @@ import errno
 import os
 import shlex
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,9 @@ from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_f
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to_yaml
+from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir
+from megatron_xielu.training.changes import check_keys
 from megatron_xielu.training.report import Reporter, StepMetrics
 from megatron_xielu.training.resolve import Machine, resolve
 
@@ -45,6 +46,8 @@ class Request:
     nproc: int | None = None
     """Ranks to start; None means one per GPU, or as many as the model is cut into."""
     megatron_flags: tuple[str, ...] = ()
+    allow_changed: tuple[str, ...] = ()
+    """Recipe keys that may differ from the saved run's although they change its result."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Job:
     machine: Machine
     megatron_flags: tuple[str, ...]
     data: DatasetInfo | None
+    allow_changed: tuple[str, ...]
 
     def argv(self) -> list[str]:
         """Megatron's flags; the user's own come last, and the last one wins."""
@@ -92,17 +96,30 @@ def dry_run(request: Request, *, for_gpu: bool = False) -> None:
     print("\n".join(f"  {line}" for line in _flag_lines(job.argv())))
 
 
-def pretrain(request: Request) -> int:
+def pretrain(request: Request, signals: StopSignals | None = None) -> int:
     """Train; returns the exit code of the ranks.
+
+    Args:
+        signals: of a rank, what it was sent so far.
 
     Raises:
         UserError: something about the request is wrong; nothing was started or written.
     """
     recipe = load_recipe(request.recipe, request.overrides)
+    check_keys(request.allow_changed)
     if launch.is_rank():
         # read when the GPU is first touched; Megatron asks for it under tensor parallelism
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        _run_rank(request, recipe)
+        _run_rank(request, recipe, signals or StopSignals())
+    try:
+        with launch.stopping_at_once():
+            return _start_ranks(request, recipe)
+    except launch.Stopped:
+        print("stopped before training began; the same command begins it", file=sys.stderr)
+        return 0
+
+
+def _start_ranks(request: Request, recipe: Recipe) -> int:
     job = _job(request, recipe, Machine.detect(), check_data=True)
     # a GPU is asked by a rank, because asking takes memory there for as long as a process lives
     activation = _activation(job) if job.machine.device == "cpu" else None
@@ -139,7 +156,8 @@ def _job(
     check(resolved, world_size)
     _check_resolved(resolved)
     folder = (request.run_dir or Path("runs") / recipe.name).absolute()
-    return Job(resolved, folder, world_size, machine, request.megatron_flags, data)
+    allowed = request.allow_changed
+    return Job(resolved, folder, world_size, machine, request.megatron_flags, data, allowed)
 
 
 def _check_resolved(recipe: Recipe) -> None:
@@ -170,7 +188,7 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
     return check_dataset(folder, vocab_size=recipe.model.vocab_size, progress=print)
 
 
-def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
+def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoReturn:
     job = _job(request, recipe, Machine.detect(), check_data=True)
     if not launch.is_child() and launch.rank() == 0:
         _claim(job)
@@ -178,7 +196,7 @@ def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
     with launch.logged_to(log) as terminal:
         try:
-            _train(job, terminal)
+            _train(job, terminal, signals)
         # torch's CheckpointException is no Exception
         except BaseException as error:
             # the log may be on the disk that is full
@@ -188,7 +206,7 @@ def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
             launch.report_error(_describe(error, job, log), terminal)
             # without the other ranks no collective ends, so nothing may wait for one on exit
             os._exit(2 if isinstance(error, UserError) else 1)
-    # a data loader's workers inherit the handler that turns SIGTERM into a request, so that Python
+    # a data loader's workers inherit the handler that makes a signal a request, so that Python
     # would wait for them for good; they end by themselves once this process is gone
     os._exit(0)
 
@@ -209,12 +227,17 @@ def _activation(job: Job) -> str:
 
 
 def _claim(job: Job) -> int:
-    return run_dir.claim(job.run_dir, job.recipe, megatron_flags=job.megatron_flags, progress=print)
+    return run_dir.claim(
+        job.run_dir,
+        job.recipe,
+        megatron_flags=job.megatron_flags,
+        data=job.data,
+        allowed=job.allow_changed,
+        progress=print,
+    )
 
 
-def _train(job: Job, terminal: TextIO) -> None:
-    # a terminal's Ctrl-C reaches every rank; Megatron saves on SIGTERM
-    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
     # only now, in the rank's own log: Megatron says much while it is imported
     import torch
 
@@ -228,21 +251,16 @@ def _train(job: Job, terminal: TextIO) -> None:
         print(_activation(job), file=terminal, flush=True)
     xielu = job.recipe.xielu
     with _Listener(job, terminal) as listener:
-        try:
-            megatron_pretrain(
-                job.argv(),
-                XIELUPlaceholder(xielu.alpha_p_init, xielu.alpha_n_init, xielu.beta, xielu.impl),
-                listener,
-                alpha_lr_mult=xielu.lr_mult,
-                evaluate_first=job.recipe.logging.eval_iters != 0,
-                store=run_dir.store(job.run_dir, job.recipe),
-                async_save=job.recipe.checkpoint.async_save,
-            )
-        except SystemExit as stop:
-            if stop.code:
-                raise RuntimeError(f"Megatron ended with exit code {stop.code}") from stop
-            listener.check_saved()
-            listener.stopped()
+        megatron_pretrain(
+            job.argv(),
+            XIELUPlaceholder(xielu.alpha_p_init, xielu.alpha_n_init, xielu.beta, xielu.impl),
+            listener,
+            alpha_lr_mult=xielu.lr_mult,
+            evaluate_first=job.recipe.logging.eval_iters != 0,
+            store=run_dir.store(job.run_dir, job.recipe),
+            async_save=job.recipe.checkpoint.async_save,
+            signals=signals,
+        )
         listener.check_saved()
     torch.distributed.destroy_process_group()
 
@@ -259,6 +277,7 @@ class _Listener:
         self._terminal = terminal
         self._reporter: Reporter | None = None
         self._unsaved: str | None = None
+        self._told_bound = False
 
     def begin(self, *, start_step: int, train_iters: int, tokens_per_step: int) -> None:
         self._reporter = Reporter(
@@ -303,11 +322,31 @@ class _Listener:
         if self._unsaved is not None:
             raise SaveError(self._unsaved)
 
-    def stopped(self) -> None:
-        """Say that a signal ended the run and where it stands."""
-        if self._reporter is not None:
-            step = run_dir.latest_step(self._job.run_dir)
-            print(f"stopped at step {step}, saved; the same command goes on", file=self._terminal)
+    def stop_needs(self, *, wait: float, save: float) -> None:
+        """Say once what a preemption needs, for a scheduler's notice before the end."""
+        if not self._told_bound:
+            self._told_bound = True
+            print(
+                f"a stop needs up to {wait + save:.1f} s by what was seen so far: {wait:.1f} s to "
+                f"end a step or evaluation batch, {save:.1f} s to save (Slurm: --signal=USR1@N)",
+                file=self._terminal,
+            )
+
+    def stopped(self, *, trained: bool, seconds: float | None, bound: float) -> None:
+        """Say that the run was stopped and where it stands."""
+        if self._unsaved is not None:
+            # said by `check_saved`
+            return
+        step = run_dir.latest_step(self._job.run_dir)
+        if not trained:
+            stands = f"step {step} is saved" if step else "nothing was saved yet"
+            text = f"stopped before the first step, {stands}"
+        elif seconds is None:
+            text = f"stopped at step {step}, saved"
+        else:
+            text = f"stopped at step {step}, saved, {seconds:.1f} s after the signal"
+            text += f" (bound {bound:.1f} s)"
+        print(f"{text}; the same command goes on", file=self._terminal)
 
 
 def _peak_flops(machine: Machine) -> float | None:

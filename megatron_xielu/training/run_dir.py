@@ -5,36 +5,21 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from megatron_xielu.checkpoint.run import check_arguments
 from megatron_xielu.checkpoint.store import Store
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+from megatron_xielu.data.manifest import DatasetInfo
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, diff, load_recipe, to_yaml
+from megatron_xielu.training import changes
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 FLAGS = "megatron_flags.txt"
-# what may differ between two starts of one run: how it is computed, reported and saved, and how
-# long it goes on; all else would make it another run
-_MAY_CHANGE = (
-    "checkpoint.",
-    "logging.",
-    "parallel.pipeline_model_parallel_size",
-    "parallel.sequence_parallel",
-    "parallel.tensor_model_parallel_size",
-    "schedule.",
-    "data.path",
-    "data.num_workers",
-    "model.transformer_impl",
-    "training.micro_batch_size",
-    "training.precision",
-    "training.train_iters",
-    "xielu.impl",
-)
 
 
 def store(run_dir: Path, recipe: Recipe) -> Store:
@@ -53,6 +38,8 @@ def claim(
     recipe: Recipe,
     *,
     megatron_flags: Sequence[str] = (),
+    data: DatasetInfo | None = None,
+    allowed: Collection[str] = (),
     progress: Callable[[str], None],
 ) -> int:
     """Make or re-enter a run folder and write the recipe into it.
@@ -61,6 +48,8 @@ def claim(
 
     Args:
         megatron_flags: what the user gave to Megatron beside the recipe, kept for the next start.
+        data: what the run reads, if it is a data folder.
+        allowed: recipe keys that may change although they change the result.
 
     Returns:
         An open file that holds the folder's lock; child processes that inherit it hold it too.
@@ -69,9 +58,10 @@ def claim(
         UserError: the folder cannot be written, is in use, or holds a run of another recipe or
             model.
     """
+    has_saved = bool(Store(run_dir / CHECKPOINTS).steps())
     if (run_dir / RECIPE).is_file():
-        _check_same_run(run_dir, recipe, progress)
-    elif Store(run_dir / CHECKPOINTS).steps():
+        _check_same_run(run_dir, recipe, data, allowed if has_saved else None, progress)
+    elif has_saved:
         raise UserError(
             f"{run_dir} has {CHECKPOINTS}/ but no {RECIPE}, so nothing says what they are. Put the "
             "run's recipe back or choose another --run-dir."
@@ -81,8 +71,9 @@ def claim(
     checkpoints.recover(progress)
     if step := _whole_step(checkpoints, recipe, progress):
         reader = TorchDistReader(checkpoints.path(step))
-        check_arguments(reader, recipe, overridden=_names(megatron_flags))
-    _write(run_dir, recipe, megatron_flags, progress)
+        overridden = _names(megatron_flags) | changes.megatron_names(allowed)
+        check_arguments(reader, recipe, overridden=overridden)
+    _write(run_dir, recipe, megatron_flags, data, progress)
     return lock
 
 
@@ -107,21 +98,28 @@ def _whole_step(checkpoints: Store, recipe: Recipe, progress: Callable[[str], No
     return older
 
 
-def _check_same_run(run_dir: Path, recipe: Recipe, progress: Callable[[str], None]) -> None:
-    changes = diff(load_recipe(str(run_dir / RECIPE)), recipe)
-    refused = [change for change in changes if not change.startswith(_MAY_CHANGE)]
-    if refused:
-        raise UserError(
-            f"{run_dir} holds a run of another recipe:\n"
-            + "\n".join(f"  {change}" for change in refused)
-            + f"\nGo on with {run_dir / RECIPE}, or choose another --run-dir."
-        )
-    for change in changes:
+def _check_same_run(
+    run_dir: Path,
+    recipe: Recipe,
+    data: DatasetInfo | None,
+    allowed: Collection[str] | None,
+    progress: Callable[[str], None],
+) -> None:
+    """`allowed` None means that nothing is saved yet, so that everything may change."""
+    found = diff(load_recipe(str(run_dir / RECIPE)), recipe)
+    in_result = changes.data_changes(found, run_dir, data)
+    if allowed is not None:
+        changes.check_changes(in_result, run_dir, allowed)
+    for change in [*found, *(c for c in in_result if c not in found)]:
         progress(f"changed since the last start: {change}")
 
 
 def _write(
-    run_dir: Path, recipe: Recipe, flags: Sequence[str], progress: Callable[[str], None]
+    run_dir: Path,
+    recipe: Recipe,
+    flags: Sequence[str],
+    data: DatasetInfo | None,
+    progress: Callable[[str], None],
 ) -> None:
     try:
         given = run_dir / FLAGS
@@ -129,6 +127,8 @@ def _write(
         if before != shlex.join(flags) and (run_dir / RECIPE).is_file():
             progress(f"Megatron flags since the last start: {before!r} -> {shlex.join(flags)!r}")
         given.write_text(shlex.join(flags))
+        if data is not None:
+            (run_dir / changes.DATA).write_text(f"{changes.fingerprint(data)}\n")
         partial = run_dir / f".{RECIPE}.{os.getpid()}"
         partial.write_text(to_yaml(recipe), encoding="utf-8")
         partial.replace(run_dir / RECIPE)

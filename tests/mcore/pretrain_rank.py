@@ -31,6 +31,18 @@ class Recorder:
     def validation(self, **numbers: Any) -> None:
         self.valid.append(numbers)
 
+    def saved(self, **numbers: Any) -> None:
+        pass
+
+    def save_failed(self, **numbers: Any) -> None:
+        raise AssertionError(f"no save may fail here: {numbers}")
+
+    def stop_needs(self, **numbers: Any) -> None:
+        pass
+
+    def stopped(self, **numbers: Any) -> None:
+        pass
+
 
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -61,6 +73,7 @@ def main() -> None:
     chunks: list[Any] = []
     install = pretrain.install_on_chunks
     pretrain.install_on_chunks = lambda built: chunks.extend(built) or install(built)
+    served = record_samples()
     recorder = Recorder()
     pretrain.pretrain(
         [*argv, *sys.argv[split + 1 :]],
@@ -78,8 +91,26 @@ def main() -> None:
         for number, (module,) in activation.installed_activations(chunk).items()
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    seen = {"steps": recorder.steps, "valid": recorder.valid, "alphas": alphas}
+    seen = {"steps": recorder.steps, "valid": recorder.valid, "alphas": alphas, "served": served}
     (args.out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+def record_samples() -> list[tuple[int, int]]:
+    """Fills with (step, index) of each sample that the training set serves to this rank."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from megatron.core.datasets.utils import Split
+    from megatron.training import get_args
+
+    served: list[tuple[int, int]] = []
+    get = GPTDataset.__getitem__
+
+    def recorded(dataset: Any, index: Any) -> Any:
+        if dataset.index_split == Split.train:
+            served.append((get_args().curr_iteration + 1, int(index)))
+        return get(dataset, index)
+
+    GPTDataset.__getitem__ = recorded
+    return served
 
 
 def plant(fault: str, activation: Any) -> None:

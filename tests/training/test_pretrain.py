@@ -113,7 +113,15 @@ def test_what_a_run_leaves_and_shows(data_dir: Path, tmp_path: Path) -> None:
     assert done.stderr == ""
     assert done.stdout.count("xIELU by cpu (fused kernel for cpu tensors of torch.float32)") == 1
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    kept = {"cache", "checkpoints", "logs", "megatron_flags.txt", "metrics.jsonl", "recipe.yaml"}
+    kept = {
+        "data.sha256",
+        "cache",
+        "checkpoints",
+        "logs",
+        "megatron_flags.txt",
+        "metrics.jsonl",
+        "recipe.yaml",
+    }
     assert names == kept | {"tensorboard"}
     assert sorted(path.name for path in (folder / "logs").iterdir()) == [
         "rank_00000.log",
@@ -286,11 +294,13 @@ def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_with_another_recipes_run(finished: Path, data_dir: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
-    words = command(finished, data_dir, "optimizer.lr=0.1", "model.ffn_hidden_size=128")
+    words = command(finished, data_dir, "training.seed=7", "model.ffn_hidden_size=128")
     message = refused(words)
     assert f"{finished} holds a run of another recipe" in message
-    assert "optimizer.lr: 0.003 -> 0.1" in message
-    assert "model.ffn_hidden_size: 192 -> 128" in message
+    assert "training.seed: 42 -> 7  (--allow-changed training.seed)" in message
+    assert "model.ffn_hidden_size: 192 -> 128  (can never change" in message
+    # allowing it is of no use
+    assert "can never change" in refused([*words, "--allow-changed", "model.ffn_hidden_size"])
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
@@ -323,11 +333,35 @@ def test_a_longer_run_goes_on_and_says_what_changed(
     finished: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    done = run(command(folder, data_dir, "training.train_iters=7"))
+    words = command(folder, data_dir, "training.train_iters=7")
+    assert "add --allow-changed training.train_iters" in refused(words)
+    done = run([*words, "--allow-changed", "training.train_iters"])
     assert done.returncode == 0, done.stderr
     assert "changed since the last start: training.train_iters: 5 -> 7" in done.stdout
     steps = [record["step"] for record in metrics(folder) if record["type"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_data_that_moved_and_other_data(
+    finished: Path, own_data: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    done = run(command(folder, own_data))
+    assert done.returncode == 0, done.stderr
+    assert f"data.path: '{data_dir}' -> '{own_data}'" in done.stdout
+    manifest = own_data / "dataset.json"
+    text = manifest.read_text()
+    digest = json.loads(text)["train"]["sha256"]
+    # as if the folder had been written again from other text
+    manifest.write_text(text.replace(digest, digest[::-1]))
+    message = refused(command(folder, own_data))
+    assert f"data.path: {own_data} holds other data" in message
+    assert "add --allow-changed data.path" in message
+
+
+def test_an_unknown_key_cannot_be_allowed(data_dir: Path, tmp_path: Path) -> None:
+    words = command(tmp_path / "run", data_dir, "--allow-changed", "optimizer.rl")
+    assert "--allow-changed optimizer.rl: no key of a recipe; did you mean" in refused(words)
 
 
 def test_a_run_folder_without_write_permission(data_dir: Path, small_disk: Path) -> None:

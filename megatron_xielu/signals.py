@@ -1,0 +1,38 @@
+"""The signals that ask a run to save and end, remembered from its first moment on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What schedulers, a user's Ctrl-C and a closed terminal send; all mean the same."""
+
+
+class StopSignals:
+    """Remembers a stop signal, and when it came, instead of dying of it."""
+
+    def __init__(self) -> None:
+        self._came_at: float | None = None
+
+    def listen(self, *more: int) -> None:
+        """Take over the stop signals of this process, and `more`."""
+        for number in {*STOP_SIGNALS, *more}:
+            # nohup means that a closed terminal must not end the run
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
+
+    def seconds_since(self) -> float | None:
+        """Since the first of them came; None while there was none."""
+        return None if self._came_at is None else time.monotonic() - self._came_at
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._came_at is None:
+            self._came_at = time.monotonic()
+
+
+def ignore() -> None:
+    """Let no stop signal end this process; its parent decides when it ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
