@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shlex
@@ -17,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 
 from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
-from megatron_xielu.errors import UserError
+from megatron_xielu.errors import UnhealthyRun, UserError
 from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to_yaml
 from megatron_xielu.training import launch, run_dir
 from megatron_xielu.training.report import Reporter, StepMetrics
@@ -185,7 +186,9 @@ def _run_rank(request: Request, recipe: Recipe) -> NoReturn:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
                 sys.stderr.flush()
-            launch.report_error(_describe(error, job, log), terminal)
+            # all ranks have the same to say of an unhealthy run; `launch` shows one
+            if launch.is_child() or launch.rank() == 0 or not isinstance(error, UnhealthyRun):
+                launch.report_error(_describe(error, job, log), terminal)
             # without the other ranks no collective ends, so nothing may wait for one on exit
             os._exit(2 if isinstance(error, UserError) else 1)
     # a data loader's workers inherit the handler that turns SIGTERM into a request, so that Python
@@ -222,6 +225,7 @@ def _train(job: Job, terminal: TextIO) -> None:
 
     cpu_platform.hide_gpu_libraries()
     from megatron_xielu.mcore.activation import XIELUPlaceholder
+    from megatron_xielu.mcore.health import HealthSettings
     from megatron_xielu.mcore.pretrain import pretrain as megatron_pretrain
 
     if launch.rank() == 0 and not (launch.is_child() and job.machine.device == "cpu"):
@@ -237,6 +241,7 @@ def _train(job: Job, terminal: TextIO) -> None:
                 evaluate_first=job.recipe.logging.eval_iters != 0,
                 store=run_dir.store(job.run_dir, job.recipe),
                 async_save=job.recipe.checkpoint.async_save,
+                health=HealthSettings(**dataclasses.asdict(job.recipe.health)),
             )
         except SystemExit as stop:
             if stop.code:
@@ -303,6 +308,10 @@ class _Listener:
         if self._unsaved is not None:
             raise SaveError(self._unsaved)
 
+    def skipped(self, *, step: int, loss: float | None, grad_norm: float, where: str) -> None:
+        assert self._reporter is not None
+        self._reporter.skipped(step, loss, grad_norm, where)
+
     def stopped(self) -> None:
         """Say that a signal ended the run and where it stands."""
         if self._reporter is not None:
@@ -331,6 +340,8 @@ def _describe(error: BaseException, job: Job, log: Path) -> str:
         return f"{error}\nmake room and give the same command again: {saved}"
     if _is_disk_full(error, job.run_dir):
         return f"the disk of {job.run_dir} is full; make room: {saved}"
+    if isinstance(error, UnhealthyRun):
+        return f"{error}\n{saved}; the whole story is in {log.parent}"
     summary = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     return f"rank {launch.rank()}: {summary}\n{saved}; the whole story is in {log}"
 

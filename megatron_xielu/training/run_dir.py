@@ -22,6 +22,7 @@ FLAGS = "megatron_flags.txt"
 # long it goes on; all else would make it another run
 _MAY_CHANGE = (
     "checkpoint.",
+    "health.",
     "logging.",
     "parallel.pipeline_model_parallel_size",
     "parallel.sequence_parallel",

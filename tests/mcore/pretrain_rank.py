@@ -31,6 +31,9 @@ class Recorder:
     def validation(self, **numbers: Any) -> None:
         self.valid.append(numbers)
 
+    def skipped(self, **numbers: Any) -> None:
+        raise AssertionError(f"a step was skipped: {numbers}")
+
 
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
