@@ -57,8 +57,8 @@ def plant(layer: Any) -> None:
             output.register_hook(lambda gradient: gradient * torch.nan)
             return None
         if KIND == "flip":
-            with torch.no_grad():
-                layer.pre_mlp_layernorm.weight.view(torch.int32)[5] ^= 1
+            # by .data, so that autograd does not notice either
+            layer.pre_mlp_layernorm.weight.data.view(torch.int32)[5] ^= 1
             return None
         return output * torch.nan
 
