@@ -104,9 +104,10 @@ class Health:
         return checked
 
     def _is_due(self, iteration: int) -> bool:
-        if not self.settings.every:
-            return False
         args = get_args()
+        # FSDP's parameters are shards, of which there are no copies
+        if not self.settings.every or args.use_megatron_fsdp or args.use_torch_fsdp2:
+            return False
         # what is saved has been compared just before
         saves = args.save_interval and iteration % args.save_interval == 0
         return iteration % self.settings.every == 0 or saves or iteration == args.train_iters
