@@ -1,4 +1,4 @@
-"""The one exception the command line turns into exit code 2."""
+"""The exceptions whose text is for the user: shown as it is, without a traceback."""
 
 
 class UserError(Exception):
@@ -6,4 +6,11 @@ class UserError(Exception):
 
     The message names the offending value, the rule it breaks and the remedy. The command line
     prints it alone, without a traceback, and exits with code 2.
+    """
+
+
+class UnhealthyRun(Exception):
+    """A run went wrong in a way that it noticed itself, on all ranks at once.
+
+    The message says what was found and what to do, the same on every rank; the exit code is 1.
     """

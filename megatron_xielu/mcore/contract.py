@@ -222,6 +222,68 @@ SEAMS = (
         "is replaced by one that outlives a full disk",
     ),
     Seam(
+        f"{_LOOP}.train_step",
+        "is wrapped to trace a step that is not finite",
+        "forward_step_func data_iterator model optimizer opt_param_scheduler config "
+        "forward_backward_func iteration",
+        "update_successful, grad_norm, num_zeros_in_grad = optimizer.step()",
+    ),
+    Seam(
+        f"{_LOOP}.post_training_step_callbacks",
+        "is wrapped to compare the copies of parameters before a checkpoint is saved",
+        "model optimizer opt_param_scheduler iteration",
+    ),
+    Seam(
+        f"{_LOOP}.disable_forward_pre_hook",
+        "completes this rank's parameters before they are compared",
+        "model_chunks optimizer",
+    ),
+    Seam(
+        f"{_LOOP}.enable_forward_pre_hook",
+        "undoes disable_forward_pre_hook",
+        "model_chunks",
+    ),
+    Seam(
+        f"{_LOOP}.should_disable_forward_pre_hook",
+        "says whether parameters are gathered late",
+        "args",
+    ),
+    Seam(
+        "megatron.core.optimizer.ChainedOptimizer.step",
+        "asks get_grad_norm first and steps only by step_with_ready_grads",
+        source="else self.step_with_ready_grads()",
+    ),
+    Seam(
+        "megatron.core.optimizer.ChainedOptimizer.get_grad_norm",
+        "is wrapped to see whether the norm is finite",
+        "self",
+    ),
+    Seam(
+        "megatron.core.distributed.DistributedDataParallel.finish_grad_sync",
+        "ends the gradient sync of a replayed step",
+        "self",
+    ),
+    Seam(
+        "megatron.core.distributed.DistributedDataParallel.zero_grad_buffer",
+        "makes a replayed step start with no gradient",
+        "self",
+    ),
+    Seam(
+        "megatron.core.rerun_state_machine.RerunStateMachine._restore_state",
+        "gives a replayed step the same random numbers",
+        "self",
+    ),
+    Seam(
+        "megatron.core.rerun_state_machine.RerunDataIterator.rewind",
+        "gives a replayed step the same micro-batches",
+        "self",
+    ),
+    Seam(
+        "megatron.core.rerun_state_machine.RerunDataIterator.advance",
+        "goes on to new micro-batches after a replay",
+        "self",
+    ),
+    Seam(
         f"{_LOOP}.checkpoint_and_decide_exit",
         "saves and ends the run after a signal",
         source="if any(signal_handler.signals_received()):",

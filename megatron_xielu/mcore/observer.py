@@ -64,6 +64,9 @@ class Listener(Protocol):
             bound: what `stop_needs` told, this save included.
         """
 
+    def skipped(self, *, step: int, loss: float | None, grad_norm: float, where: str) -> None:
+        """The step was not taken, because its loss or gradient was not finite."""
+
 
 class Observer:
     """Wraps Megatron's logging and evaluation; its own output and TensorBoard scalars stay.
@@ -91,6 +94,7 @@ class Observer:
         self.evaluate_first = evaluate_first
         self.model: Sequence[nn.Module] = ()
         self._losses: list[torch.Tensor] = []
+        self._grad_norm: Any = None
         self._interval_start = 0.0
         self._valid_loss: float | None = None
         self._last_valid_step = -1
@@ -104,6 +108,11 @@ class Observer:
         patches.wrap_training("evaluate", self._around_evaluate)
         patches.wrap_training("evaluate_and_print_results", self._around_evaluate_and_print)
         patches.wrap_training("save_checkpoint_and_time", self._around_save)
+
+    def skipped(self, step: int, loss: float | None, grad_norm: float, where: str) -> None:
+        """Tell of a step that was not taken; every rank may call it."""
+        if is_reporting_rank():
+            self.listener.skipped(step=step, loss=loss, grad_norm=grad_norm, where=where)
 
     def _around_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def observed(
@@ -147,10 +156,12 @@ class Observer:
                 loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory,
                 skipped, grad_norm, *args, **kwargs,
             )  # fmt: skip
-            if LOSS in loss_dict and not skipped:
-                self._losses.append(loss_dict[LOSS].detach())
+            if not skipped:
+                self._grad_norm = grad_norm
+                if LOSS in loss_dict:
+                    self._losses.append(loss_dict[LOSS].detach())
             if iteration % get_args().log_interval == 0:
-                self._report_step(iteration, learning_rate, grad_norm)
+                self._report_step(iteration, learning_rate, self._grad_norm)
             return result
 
         return observed

@@ -147,5 +147,29 @@ def before_each_evaluation_batch(action: Callable[[], None]) -> None:
     megatron.training.ft_integration.on_eval_step_start = with_action
 
 
+def tolerate_repeated_hook_switches() -> None:
+    """Let Megatron switch off hooks that are off, and on those that are on.
+
+    With overlapped parameter gathers, `megatron.training.training.train` switches the forward hooks
+    on after the first step that was not skipped, but an evaluation before that switches them off
+    and on regardless and fails (KeyError).
+    """
+    wrap_training("disable_forward_pre_hook", functools.partial(_for_chunks, with_hooks=True))
+    wrap_training("enable_forward_pre_hook", functools.partial(_for_chunks, with_hooks=False))
+
+
+def _for_chunks(switch: Callable[..., None], *, with_hooks: bool) -> Callable[..., None]:
+    def switched(model_chunks: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+        chosen = [
+            chunk
+            for chunk in model_chunks
+            if bool(chunk.remove_forward_pre_hook_handles) == with_hooks
+        ]
+        if chosen:
+            switch(chosen, *args, **kwargs)
+
+    return switched
+
+
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "__wrapped__", function)

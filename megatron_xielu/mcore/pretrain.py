@@ -12,7 +12,6 @@ import torch
 from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -29,6 +28,7 @@ from megatron_xielu.errors import UserError
 from megatron_xielu.mcore import contract, cpu_platform, patches, safe_load
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
+from megatron_xielu.mcore.health import Health, HealthSettings
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer, is_reporting_rank
 from megatron_xielu.mcore.preemption import Preemption
@@ -46,6 +46,7 @@ def pretrain(
     store: Store | None = None,
     async_save: bool = False,
     signals: StopSignals | None = None,
+    health: HealthSettings = HealthSettings(),  # noqa: B008 - frozen
 ) -> None:
     """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
 
@@ -59,12 +60,14 @@ def pretrain(
         async_save: let a child process write checkpoints where there is no GPU; with GPUs
             Megatron's own flags decide.
         signals: what this process was sent so far; None means that it listens from now on.
+        health: what to check while the run trains.
 
     Returns after a stop as well, with a checkpoint saved if training had begun.
 
     Raises:
         UserError: the installed Megatron-Core is not one this was written against, an argument is
             refused, or a checkpoint could run code.
+        UnhealthyRun: a check failed, on all ranks at once.
         RuntimeError: Megatron ended the process by itself.
     """
     contract.check_version()
@@ -90,6 +93,7 @@ def pretrain(
     observer.attach()
     if store is not None:
         Saving(store, listener).attach(args)
+    Health(health, observer).attach()
     ended_early = False
     try:
         megatron_pretrain(
@@ -154,19 +158,7 @@ def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, di
     mask = loss_mask.flatten().float()
     loss = (output.flatten().float() * mask).sum()
     num_tokens = mask.sum().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
-        get_rerun_state_machine().validate_result(
-            result=loss,
-            rejection_func=_is_not_finite,
-            message="the loss is not finite",
-            tolerance=0.0,
-            fatal=True,
-        )
     return loss, num_tokens, {LOSS: torch.stack((loss.detach(), num_tokens.float()))}
-
-
-def _is_not_finite(loss: Tensor) -> bool:
-    return not bool(torch.isfinite(loss))
 
 
 def _batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:

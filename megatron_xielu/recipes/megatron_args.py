@@ -33,7 +33,7 @@ def megatron_args(
     `model.vocab_size` must be set. `gradient_accumulation_fusion` needs Apex's extension
     `fused_weight_gradient_mlp_cuda`, without which upstream refuses to build the output layer.
     `cache` is a folder below run_dir/cache for the dataset's index files.
-    The recipe's `xielu` section has no upstream flag and is not part of the result.
+    The recipe's `xielu` and `health` sections have no upstream flags and are not part of it.
     """
     flags: list[str] = []
     for group in (
@@ -101,6 +101,8 @@ def _training(recipe: Recipe) -> Flags:
         "--lr-warmup-iters": schedule.lr_warmup_iters,
         "--lr-wsd-decay-iters": schedule.lr_wsd_decay_iters,
         "--lr-wsd-decay-style": schedule.lr_wsd_decay_style,
+        # upstream's check raises on one rank alone; mcore.health decides on all of them
+        "--no-check-for-nan-in-loss-and-grad": True,
         # the recipe decides the schedule of a resumed run too, so that a run can be prolonged
         "--override-opt-param-scheduler": True,
     }

@@ -130,6 +130,19 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Health:
+    """What a run checks about itself; see docs/health.md."""
+
+    every: int = 100
+    """Steps between comparisons of the ranks' copies of parameters, which also come before regular
+    saves; 0 for none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is not finite; the optimizer never takes that step."""
+    max_skipped_steps: int = 10
+    """Steps in a row that `skip` may leave out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One pretraining run."""
 
@@ -143,3 +156,4 @@ class Recipe:
     data: Data = field(default_factory=Data)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
+    health: Health = field(default_factory=Health)

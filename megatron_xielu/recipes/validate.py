@@ -29,6 +29,7 @@ _AT_LEAST_ONE = (
     "checkpoint.keep_every",
     "logging.log_interval",
     "logging.eval_interval",
+    "health.max_skipped_steps",
 )
 _AT_LEAST_ZERO = (
     "optimizer.min_lr",
@@ -39,6 +40,7 @@ _AT_LEAST_ZERO = (
     "xielu.lr_mult",
     "data.num_workers",
     "logging.eval_iters",
+    "health.every",
 )
 _ABOVE_ZERO = (
     "model.rope_theta",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -16,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 
 from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
-from megatron_xielu.errors import UserError
+from megatron_xielu.errors import UnhealthyRun, UserError
 from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir
@@ -203,12 +205,21 @@ def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoRetur
             with contextlib.suppress(OSError):
                 traceback.print_exc()
                 sys.stderr.flush()
-            launch.report_error(_describe(error, job, log), terminal)
+            # all ranks have the same to say of an unhealthy run; `launch` shows one
+            if launch.is_child() or launch.rank() == 0 or not isinstance(error, UnhealthyRun):
+                launch.report_error(_describe(error, job, log), terminal)
             # without the other ranks no collective ends, so nothing may wait for one on exit
-            os._exit(2 if isinstance(error, UserError) else 1)
+            _exit(2 if isinstance(error, UserError) else 1)
     # a data loader's workers inherit the handler that makes a signal a request, so that Python
     # would wait for them for good; they end by themselves once this process is gone
-    os._exit(0)
+    _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
+    # Megatron's saving starts a process that would outlive this one: nothing is joined
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def _activation(job: Job) -> str:
@@ -245,6 +256,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
 
     cpu_platform.hide_gpu_libraries()
     from megatron_xielu.mcore.activation import XIELUPlaceholder
+    from megatron_xielu.mcore.health import HealthSettings
     from megatron_xielu.mcore.pretrain import pretrain as megatron_pretrain
 
     if launch.rank() == 0 and not (launch.is_child() and job.machine.device == "cpu"):
@@ -260,6 +272,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
             store=run_dir.store(job.run_dir, job.recipe),
             async_save=job.recipe.checkpoint.async_save,
             signals=signals,
+            health=HealthSettings(**dataclasses.asdict(job.recipe.health)),
         )
         listener.check_saved()
     torch.distributed.destroy_process_group()
@@ -348,6 +361,10 @@ class _Listener:
             text += f" (bound {bound:.1f} s)"
         print(f"{text}; the same command goes on", file=self._terminal)
 
+    def skipped(self, *, step: int, loss: float | None, grad_norm: float, where: str) -> None:
+        assert self._reporter is not None
+        self._reporter.skipped(step, loss, grad_norm, where)
+
 
 def _peak_flops(machine: Machine) -> float | None:
     if machine.device == "cpu":
@@ -370,6 +387,8 @@ def _describe(error: BaseException, job: Job, log: Path) -> str:
         return f"{error}\nmake room and give the same command again: {saved}"
     if _is_disk_full(error, job.run_dir):
         return f"the disk of {job.run_dir} is full; make room: {saved}"
+    if isinstance(error, UnhealthyRun):
+        return f"{error}\n{saved}; the whole story is in {log.parent}"
     summary = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     return f"rank {launch.rank()}: {summary}\n{saved}; the whole story is in {log}"
 

@@ -150,6 +150,15 @@ class Reporter:
         row = step_line.aligned([*self._position(step), step_line.decimal(loss)], self._columns)
         self._print_row(f"{row}  valid, perplexity {step_line.perplexity(loss)}")
 
+    def skipped(self, step: int, loss: float | None, grad_norm: float, where: str) -> None:
+        """Report a step that was not taken, because its numbers were not finite."""
+        tokens, now = step * self._tokens_per_step, self._clock()
+        record = {"type": "skipped", "step": step, "loss": loss, "grad_norm": grad_norm}
+        self._write({**record, "where": where, "tokens": tokens, "time": now})
+        position = step_line.aligned(self._position(step), self._columns)
+        numbers = f"loss {step_line.decimal(loss)}, grad norm {step_line.decimal(grad_norm)}"
+        self._print_row(f"{position}  skipped: {numbers}; {where}")
+
     def close(self) -> None:
         """Close the metrics file; the reporter is of no use afterwards."""
         self._append(b"")

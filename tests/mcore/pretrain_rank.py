@@ -43,6 +43,9 @@ class Recorder:
     def stopped(self, **numbers: Any) -> None:
         pass
 
+    def skipped(self, **numbers: Any) -> None:
+        raise AssertionError(f"a step was skipped: {numbers}")
+
 
 def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)

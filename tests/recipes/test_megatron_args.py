@@ -31,6 +31,7 @@ SAME_NAMES: dict[str, dict[str, str]] = {
     "data": {},
     "checkpoint": {},
     "logging": {},
+    "health": {},
 }
 UNPARSED: dict[str, set[str]] = {section: set() for section in SAME_NAMES} | {
     "model": {
@@ -45,6 +46,7 @@ UNPARSED: dict[str, set[str]] = {section: set() for section in SAME_NAMES} | {
     "data": {"path"},
     # Megatron writes, what stays and what counts is decided here
     "checkpoint": {"keep_last", "keep_every", "on_corrupt"},
+    "health": {"every", "on_nonfinite", "max_skipped_steps"},
 }
 
 

@@ -188,6 +188,12 @@ RULES = [
         "saved; nearest legal: 100, 200",
     ),
     (["logging.eval_iters=-1"], 2, "logging.eval_iters=-1 must not be negative; nearest legal: 0"),
+    (["health.every=-1"], 2, "health.every=-1 must not be negative; nearest legal: 0"),
+    (
+        ["health.max_skipped_steps=0"],
+        2,
+        "health.max_skipped_steps=0 must be at least 1; nearest legal: 1",
+    ),
     ([], 0, "world_size=0 must be at least 1; nearest legal: 1"),
 ]
 

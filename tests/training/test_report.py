@@ -284,6 +284,19 @@ def test_resume_at_the_last_record_drops_the_torn_line_alone(tmp_path: Path) -> 
     assert [record["step"] for record in read_metrics(path)] == [10, 20, 20, 30, 40, 40, 50]
 
 
+def test_a_skipped_step_is_no_loss_of_the_curve(tmp_path: Path) -> None:
+    report, out, _ = reporter(tmp_path, start_step=0)
+    report.step(metrics(10))
+    report.skipped(11, math.nan, math.inf, "the output of layer 3")
+    report.step(metrics(20))
+    skipped = read_metrics(tmp_path / "metrics.jsonl")[1]
+    assert (skipped["type"], skipped["step"], skipped["where"]) == (
+        "skipped", 11, "the output of layer 3",
+    )  # fmt: skip
+    assert (skipped["loss"], skipped["grad_norm"]) == (None, None)
+    assert "skipped: loss nan, grad norm inf; the output of layer 3" in out.getvalue()
+
+
 def test_a_run_that_starts_over_starts_its_file_over(tmp_path: Path) -> None:
     path = killed_run(tmp_path)
     reporter(tmp_path, start_step=0)
