@@ -17,7 +17,7 @@ import megatron.core.datasets.utils
 import megatron.core.optimizer
 import megatron.core.optimizer.distrib_optimizer
 import megatron.training.training
-from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer import OptimizerConfig, ParamKey
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.mcore.adamw import GroupStepAdamW
@@ -77,14 +77,22 @@ def group_alphas(lr_mult: float | None = None) -> None:
     def with_alphas(args: Any) -> tuple[Any, dict[Any, Any]]:
         _check_optimizer_can_save(args)
         config, overrides = build(args)
-        alphas = ParamKey(name="*.activation_func.alpha_*")
-        # loading a checkpoint tells groups apart by these values; without the last two this group
-        # would look like the norms'
-        own = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
-        own |= {"start_wd": 0.0, "end_wd": 0.0}
-        return config, {**(overrides or {}), alphas: own}
+        return config, {**(overrides or {}), **alpha_group(config, multiplier)}
 
     training.get_megatron_optimizer_config = with_alphas
+
+
+def alpha_group(config: OptimizerConfig, multiplier: float = 1.0) -> dict[ParamKey, Any]:
+    """The `config_overrides` entry that makes the alphas a parameter group of their own.
+
+    Args:
+        multiplier: learning rate relative to the other parameters.
+    """
+    # loading a checkpoint tells groups apart by these values; without the last two this group
+    # would look like the norms'
+    own = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
+    own |= {"start_wd": 0.0, "end_wd": 0.0}
+    return {ParamKey(name="*.activation_func.alpha_*"): own}
 
 
 def _check_optimizer_can_save(args: Any) -> None:
