@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,41 @@ def use_group_step_adamw() -> None:
         megatron.core.optimizer.Adam = GroupStepAdamW
         megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = False
         megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+def save_padded_buckets_right() -> None:
+    """Let the distributed optimizer save the state of each parameter where gradients have buckets.
+
+    `DistributedOptimizer.sharded_param_state_fully_reshardable` (Megatron-Core 0.19.2) gathers the
+    state without the padding between buckets, then looks parameters up at their places in the
+    padded buffer: with more than one bucket it saves shifted moments and fp32 parameters, without
+    a word. Buckets are padded to a multiple of 128 and of the data-parallel size, which alphas of
+    one element alone make necessary.
+    """
+    optimizer = megatron.core.optimizer.distrib_optimizer.DistributedOptimizer
+    save = _unwrapped(optimizer.sharded_param_state_fully_reshardable)
+
+    @functools.wraps(save)
+    def unpadded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_padding(buffer)
+            return save(self, *args, **kwargs)
+        finally:
+            for buffer, index_map in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = index_map
+
+    optimizer.sharded_param_state_fully_reshardable = unpadded
+
+
+def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = [0, *itertools.accumulate(padding)]
+    return {
+        param: (start - before[bucket], end - before[bucket], bucket)
+        for param, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def group_alphas(lr_mult: float | None = None) -> None:

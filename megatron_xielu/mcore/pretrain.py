@@ -64,6 +64,7 @@ def pretrain(
     on_cpu = cpu_platform.enable()
     patches.skip_dataset_helper_build()
     patches.use_group_step_adamw()
+    patches.save_padded_buckets_right()
     patches.group_alphas(alpha_lr_mult)
     args = _parse(argv)
     if async_save and on_cpu:
