@@ -15,17 +15,20 @@ from typing import Any
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 
-def match_optimizers(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
+def match_optimizers(optimizer: Any, loaded: Any) -> Any:
     """The loaded state with its parameter groups where `optimizer.load_state_dict` expects them.
 
     Args:
         optimizer: Megatron's `ChainedOptimizer`.
-        loaded: "optimizer" of what `dist_checkpointing.load` returned; it is left alone.
+        loaded: "optimizer" of what `dist_checkpointing.load` returned; it is left alone. A list,
+            the form of checkpoints of other formats, is returned as it is.
 
     Raises:
         ValueError: the checkpoint has no group with a needed group's settings.
     """
     parts = optimizer.chained_optimizers
+    if not isinstance(loaded, dict):
+        return loaded
     saved_in_parts = [value for key, value in loaded.items() if isinstance(key, int)]
     saved_parts = [part for part in saved_in_parts if _has_settings(part)] or [loaded]
     if len(saved_parts) == len(parts):

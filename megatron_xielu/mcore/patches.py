@@ -22,6 +22,7 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.mcore.adamw import GroupStepAdamW
+from megatron_xielu.mcore.chained_state import match_optimizers
 
 
 @contextmanager
@@ -89,6 +90,21 @@ def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
         param: (start - before[bucket], end - before[bucket], bucket)
         for param, (start, end, bucket) in buffer.param_index_map.items()
     }
+
+
+def load_across_expert_optimizers() -> None:
+    """Let `ChainedOptimizer.load_state_dict` take the state of another number of optimizers.
+
+    Experts that are spread over ranks have an optimizer of their own, others have not.
+    """
+    optimizer = megatron.core.optimizer.ChainedOptimizer
+    load = _unwrapped(optimizer.load_state_dict)
+
+    @functools.wraps(load)
+    def matched(self: Any, state_dict: Any) -> None:
+        load(self, match_optimizers(self, state_dict))
+
+    optimizer.load_state_dict = matched
 
 
 def group_alphas(lr_mult: float | None = None) -> None:

@@ -65,6 +65,7 @@ def pretrain(
     patches.skip_dataset_helper_build()
     patches.use_group_step_adamw()
     patches.save_padded_buckets_right()
+    patches.load_across_expert_optimizers()
     patches.group_alphas(alpha_lr_mult)
     args = _parse(argv)
     if async_save and on_cpu:

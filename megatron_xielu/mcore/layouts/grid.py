@@ -197,4 +197,7 @@ def _values(case: Case) -> set[tuple[str, object]]:
     # on one rank nothing is cut; it is the reference of its model
     if layout.world_size == 1:
         return set()
-    return {("model", case.model.name), *((axis, getattr(layout, axis)) for axis in AXES)}
+    values = {(axis, getattr(layout, axis)) for axis in AXES}
+    # gathering of parameters is overlapped with the distributed optimizer only
+    gathers = layout.distributed and layout.overlap
+    return {("model", case.model.name), ("overlapped gathering", gathers), *values}

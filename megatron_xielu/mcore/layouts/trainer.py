@@ -25,7 +25,6 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_xielu.mcore import patches
-from megatron_xielu.mcore.chained_state import match_optimizers
 from megatron_xielu.mcore.layouts import model as models
 from megatron_xielu.mcore.layouts.compare import Step, parameter_of
 from megatron_xielu.mcore.layouts.grid import Layout, Model
@@ -127,7 +126,7 @@ class Trainer:
         state = dist_checkpointing.load(self._state(metadata, is_loading=True), str(folder))
         for chunk, name in zip(unwrap_model(self.chunks), self._chunk_names(), strict=True):
             chunk.load_state_dict(state[name], strict=True)
-        self.optimizer.load_state_dict(match_optimizers(self.optimizer, state["optimizer"]))
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
     def plant(self, tensors: Mapping[str, Tensor], steps: int) -> None:
@@ -211,6 +210,7 @@ def batch(step: int) -> Tensor:
 def _optimizer(layout: Layout, chunks: list[Any]) -> tuple[Any, OptimizerParamScheduler]:
     patches.use_group_step_adamw()
     patches.save_padded_buckets_right()
+    patches.load_across_expert_optimizers()
     config = OptimizerConfig(
         optimizer="adam",
         lr=LEARNING_RATE,
