@@ -192,6 +192,7 @@ def _doctor(args: argparse.Namespace) -> int:
         Request(
             nproc=args.nproc,
             quick=args.quick,
+            model=args.model,
             csv=args.csv,
             markdown=args.markdown,
             fault=args.fault,
@@ -313,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--nproc", type=_positive, default=4, help="ranks to start (default: 4)")
     command.add_argument("--quick", action="store_true", help="a few layouts that cover every axis")
+    command.add_argument("--model", help="one model of the matrix only, as the table names it")
     command.add_argument("--csv", type=Path, help="write the rows to it")
     command.add_argument("--markdown", type=Path, help="write the table to it")
     command.add_argument(

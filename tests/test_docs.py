@@ -40,3 +40,14 @@ def test_cpu_figures_are_those_of_the_table() -> None:
         for dtype, cell in zip(("fp32", "bf16"), cells, strict=True):
             found = [float(r["value"]) for r in rows if (r["what"], r["dtype"]) == (what, dtype)]
             assert [f"{value:.2f}" for value in found] == [word.strip() for word in cell.split(",")]
+
+
+def test_the_layout_table_has_every_layout_and_all_agree() -> None:
+    text = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    megatron-xielu (doctor .*)$", text, re.MULTILINE)
+    args = cli._parser().parse_args(command.split())
+    assert args.run is cli._doctor
+    assert args.layouts
+    rows = re.findall(r"^\| ([^|]+, [^|]+) \|.*\| (\w+) \| (\w+) \|$", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == [str(case) for case in in_table_order(grid.full(4))]
+    assert {flags for _, *flags in map(tuple, rows) for flags in flags} == {"yes"}

@@ -31,6 +31,8 @@ class Request:
 
     nproc: int = 4
     quick: bool = False
+    model: str | None = None
+    """Of `grid.MODELS`; None means all."""
     csv: Path | None = None
     markdown: Path | None = None
     fault: str | None = None
@@ -42,7 +44,8 @@ class Request:
         """The rows to run on so many ranks."""
         if self.fault:
             return grid.with_fault(self.fault, nproc)
-        return grid.quick(nproc) if self.quick else grid.full(nproc)
+        cases = grid.quick(nproc) if self.quick else grid.full(nproc)
+        return [case for case in cases if self.model in (None, case.model.name)]
 
 
 def layouts(request: Request) -> int:
@@ -51,6 +54,11 @@ def layouts(request: Request) -> int:
     Raises:
         UserError: the request cannot be run here.
     """
+    names = [model.name for model in grid.MODELS]
+    if request.model not in (None, *names):
+        raise UserError(f"--model {request.model} is none of {', '.join(names)}")
+    if request.fault not in (None, *grid.FAULTS):
+        raise UserError(f"--fault {request.fault} is none of {', '.join(grid.FAULTS)}")
     if launch.is_rank():
         _run_rank(request)
     machine = Machine.detect()
@@ -61,6 +69,7 @@ def layouts(request: Request) -> int:
     arguments = ["doctor", "--layouts", "--nproc", str(request.nproc), "--dir", str(folder)]
     arguments += ["--quick"] if request.quick else []
     arguments += ["--fault", request.fault] if request.fault else []
+    arguments += ["--model", request.model] if request.model else []
     for name in ("csv", "markdown"):
         path = getattr(request, name)
         arguments += [f"--{name}", str(path.absolute())] if path else []

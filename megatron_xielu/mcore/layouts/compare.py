@@ -14,6 +14,7 @@ EPS = torch.finfo(torch.float32).eps
 _OPTIMIZER = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALPHA = re.compile(r"\.activation_func\.alpha_[pn]$")
+_LAYER = re.compile(r"layers\.\d+\.")
 # forward: qkv, scores, values, output, fc1, xIELU, fc2 and a norm; backward twice as many
 _SUMS_PER_LAYER = 24
 
@@ -30,8 +31,9 @@ class Step:
 class Distance:
     """Largest differences of two runs, in fp32 eps.
 
-    Losses and gradient norms are relative to the reference's, tensors to the largest entry of the
-    reference's tensor; alphas, which are of order one, are absolute.
+    Losses and gradient norms are relative to the reference's, tensors to the largest entry that the
+    reference's tensor has in any layer: one layer's moment of an alpha is a single number and may
+    lie next to zero by cancellation. Alphas, which are of order one, are absolute.
     """
 
     loss: float = 0.0
@@ -85,6 +87,10 @@ def of_tensors(
     Raises:
         KeyError: the reference has no tensor of that name.
     """
+    scales: dict[str, float] = {}
+    for key, whole in reference.items():
+        largest = float(whole.abs().max())
+        scales[_in_any_layer(key)] = max(largest, scales.get(_in_any_layer(key), 0.0))
     found: dict[str, list[float]] = {"parameters": [], "moments": [], "alphas": []}
     for key, place, data in pieces:
         whole = reference[key].double()
@@ -95,7 +101,7 @@ def of_tensors(
             continue
         kind = "moments" if state in _MOMENTS else "parameters"
         # a moment of an expert that no token went to is zero in both
-        scale = float(whole.abs().max())
+        scale = scales[_in_any_layer(key)]
         found[kind].append(difference / scale / EPS if scale else difference / EPS)
     return Distance(**{kind: _largest(values) for kind, values in found.items()})
 
@@ -120,6 +126,11 @@ def round_off(num_layers: int, steps: int, elements: int) -> Distance:
     rms = math.sqrt(2 / 12) * math.sqrt(_SUMS_PER_LAYER * num_layers * steps)
     bound = rms * math.sqrt(2 * math.log(elements))
     return Distance(*[bound] * len(NUMBERS))
+
+
+def _in_any_layer(key: str) -> str:
+    # a hybrid model saves each layer's tensors apart, others all layers' in one
+    return _LAYER.sub("layers.", key)
 
 
 def _relative(a: float, b: float) -> float:
