@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xielu import cli
+from megatron_xielu.mcore.layouts import grid
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -49,5 +50,5 @@ def test_the_layout_table_has_every_layout_and_all_agree() -> None:
     assert args.run is cli._doctor
     assert args.layouts
     rows = re.findall(r"^\| ([^|]+, [^|]+) \|.*\| (\w+) \| (\w+) \|$", text, re.MULTILINE)
-    assert [name for name, _, _ in rows] == [str(case) for case in in_table_order(grid.full(4))]
-    assert {flags for _, *flags in map(tuple, rows) for flags in flags} == {"yes"}
+    assert {name for name, *_ in rows} == {str(case) for case in grid.full(4)}
+    assert {flag for _, *flags in rows for flag in flags} == {"yes"}

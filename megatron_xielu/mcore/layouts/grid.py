@@ -112,6 +112,10 @@ def why_not(layout: Layout, model: Model, nproc: int) -> str | None:
             "Megatron refuses experts under TP without SP (moe_layer.MoELayer.forward)",
         ),
         (
+            layout.ep > 1 and layout.etp > 1,
+            "EP with expert TP gathers unequal numbers of tokens, which gloo cannot (NCCL not tried)",
+        ),
+        (
             model.kind == "hybrid" and layout.vpp > 1,
             "Megatron's HybridModelBuilder knows no virtual pipeline",
         ),
