@@ -113,7 +113,7 @@ def why_not(layout: Layout, model: Model, nproc: int) -> str | None:
         ),
         (
             layout.ep > 1 and layout.etp > 1,
-            "EP with expert TP gathers unequal numbers of tokens, which gloo cannot (NCCL: untried)",
+            "EP with expert TP gathers unequal numbers of tokens, which gloo cannot (NCCL untried)",
         ),
         (
             model.kind == "hybrid" and layout.vpp > 1,
