@@ -83,7 +83,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
         assert row["agrees"] == "0", row
         # far outside, so that no bound's size decides it
         worst = max(float(row[name]) / float(row[f"{name}_bound"]) for name in compare.NUMBERS)
-        assert worst > 100, row
+        assert worst > 10, row
     assert f"{len(planted)} of {len(rows)} layouts disagree with one rank" in run.stderr
 
 
