@@ -191,6 +191,24 @@ def _bench(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    if not args.layouts:
+        raise UserError("say what to look at: --layouts trains a small model cut in every way")
+    from megatron_xielu.training.layouts import Request, layouts
+
+    return layouts(
+        Request(
+            nproc=args.nproc,
+            quick=args.quick,
+            model=args.model,
+            csv=args.csv,
+            markdown=args.markdown,
+            fault=args.fault,
+            folder=args.dir,
+        )
+    )
+
+
 def _quickstart(args: argparse.Namespace) -> int:
     from megatron_xielu.training.quickstart import quickstart
 
@@ -302,6 +320,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="with --accuracy: smaller sums")
     command.add_argument("--csv", type=Path, help="with --cpu or --gpu: append the rows to it")
     command.set_defaults(run=_bench)
+
+    command = commands.add_parser("doctor", help="whether this machine computes what it should")
+    command.add_argument(
+        "--layouts",
+        action="store_true",
+        help="train a small model under every parallel layout and compare; 1: one disagrees",
+    )
+    command.add_argument("--nproc", type=_positive, default=4, help="ranks to start (default: 4)")
+    command.add_argument("--quick", action="store_true", help="a few layouts that cover every axis")
+    command.add_argument("--model", help="one model of the matrix only, as the table names it")
+    command.add_argument("--csv", type=Path, help="write the rows to it")
+    command.add_argument("--markdown", type=Path, help="write the table to it")
+    command.add_argument(
+        "--dir", type=Path, help="scratch folder, under torchrun one that all machines share"
+    )
+    # plants a known fault, for tests of the matrix itself
+    command.add_argument("--fault", help=argparse.SUPPRESS)
+    command.set_defaults(run=_doctor)
 
     command = commands.add_parser("quickstart", help="all of it once, on a tiny model")
     command.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where to")

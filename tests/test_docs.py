@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xielu import cli
+from megatron_xielu.mcore.layouts import grid
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -40,3 +41,16 @@ def test_cpu_figures_are_those_of_the_table() -> None:
         for dtype, cell in zip(("fp32", "bf16"), cells, strict=True):
             found = [float(r["value"]) for r in rows if (r["what"], r["dtype"]) == (what, dtype)]
             assert [f"{value:.2f}" for value in found] == [word.strip() for word in cell.split(",")]
+
+
+def test_the_layout_table_is_of_the_matrix_and_all_agree() -> None:
+    text = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    megatron-xielu (doctor .*)$", text, re.MULTILINE)
+    args = cli._parser().parse_args(command.split())
+    assert args.run is cli._doctor
+    assert args.layouts
+    rows = re.findall(r"^\| ([^|]+, [^|]+) \|.*\| (\w+) \| (\w+) \|$", text, re.MULTILINE)
+    names = {name for name, *_ in rows}
+    assert names >= {str(case) for case in grid.quick(4)}
+    assert names <= {str(case) for case in grid.full(4)}
+    assert {flag for _, *flags in rows for flag in flags} == {"yes"}

@@ -103,6 +103,30 @@ SEAMS = (
         "tells the distributed optimizer where the step is counted",
     ),
     Seam(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer."
+        "sharded_param_state_fully_reshardable",
+        "is wrapped to look parameters up where the gathered state has them",
+        "self model_sharded_state_dict is_loading metadata",
+        "buffer.param_index_map.items()",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer."
+        "get_parameter_state_dp_zero",
+        "gathers the optimizer's state without the padding between buckets",
+        source="offset_in_world_tensors += gbuf_world_numel_unpadded",
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+        "refuses the state of another number of optimizers, which match_optimizers spares it",
+        "self state_dict",
+        "len(self.chained_optimizers) != len(state_dict)",
+    ),
+    Seam(
+        "megatron.core.models.hybrid.hybrid_block.HybridStack.__init__",
+        "can be built without a last norm, which finish_norms adds",
+        source="if self.post_process and self.post_layer_norm:",
+    ),
+    Seam(
         "megatron.core.datasets.utils.compile_helpers",
         "is skipped where the helpers are built",
         source='"make"',

@@ -95,7 +95,16 @@ def _tensor_type(tensor: Tensor, dtype: Any = None, **kwargs: Any) -> Any:
     return tensor.type(dtype, **kwargs)
 
 
+def _all_to_all_single(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # Megatron moves split sizes to the host only from tensors that say they are on the GPU
+    args = tuple(arg.tolist() if isinstance(arg, Tensor) else arg for arg in args)
+    for name, value in kwargs.items():
+        kwargs[name] = value.tolist() if isinstance(value, Tensor) else value
+    return torch.distributed.all_to_all_single(output, input, *args, **kwargs)
+
+
 _REPLACED_METHODS: dict[Any, Callable[..., Any]] = {
+    torch.distributed.all_to_all_single: _all_to_all_single,
     Tensor.cuda: _tensor_cuda,
     Tensor.to: _tensor_to,
     Tensor.type: _tensor_type,

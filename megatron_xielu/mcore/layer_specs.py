@@ -39,9 +39,9 @@ def xielu_layer_spec(
     layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
     # a spec object stands for many layers, so each is edited once
     for layer in {id(layer): layer for layer in layers}.values():
-        layer.submodules.mlp = _with_xielu(layer.submodules.mlp)
+        layer.submodules.mlp = with_xielu(layer.submodules.mlp)
         if config.transformer.transformer_impl == "local":
-            _use_torch_kernels(layer.submodules, config.transformer)
+            use_torch_kernels(layer.submodules, config.transformer)
     if config.transformer.transformer_impl == "local" and isinstance(spec, ModuleSpec):
         count = get_num_layers_to_build(config.transformer, vp_stage)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
@@ -63,14 +63,21 @@ def install_on_chunks(chunks: list[Any]) -> list[Any]:
     return [install(chunk) for chunk in chunks]
 
 
-def _with_xielu(build_mlp: Callable[..., Any]) -> Callable[..., Any]:
+def with_xielu(build_mlp: Callable[..., Any]) -> Callable[..., Any]:
+    """An MLP builder whose MLPs have xIELU."""
+
     def build(*args: Any, **kwargs: Any) -> Any:
         return install(build_mlp(*args, **kwargs))
 
     return build
 
 
-def _use_torch_kernels(submodules: Any, config: TransformerConfig) -> None:
+def use_torch_kernels(submodules: Any, config: TransformerConfig) -> None:
+    """Give a local layer's submodules torch's attention and a norm that knows sequence parallelism.
+
+    Args:
+        submodules: a `TransformerLayerSubmodules`, which is changed.
+    """
     attention = submodules.self_attention.submodules
     if attention.core_attention is DotProductAttention:
         attention.core_attention = SDPAttention

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ import megatron.core.optimizer.distrib_optimizer
 import megatron.training.ft_integration
 import megatron.training.global_vars
 import megatron.training.training
-from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer import OptimizerConfig, ParamKey
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.mcore.adamw import GroupStepAdamW
+from megatron_xielu.mcore.chained_state import match_optimizers
 
 
 @contextmanager
@@ -57,6 +59,56 @@ def use_group_step_adamw() -> None:
         megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE = True
 
 
+def save_padded_buckets_right() -> None:
+    """Let the distributed optimizer save the state of each parameter where gradients have buckets.
+
+    `DistributedOptimizer.sharded_param_state_fully_reshardable` (Megatron-Core 0.19.2) gathers the
+    state without the padding between buckets, then looks parameters up at their places in the
+    padded buffer: with more than one bucket it saves shifted moments and fp32 parameters, without
+    a word. Buckets are padded to a multiple of 128 and of the data-parallel size, which alphas of
+    one element alone make necessary.
+    """
+    optimizer = megatron.core.optimizer.distrib_optimizer.DistributedOptimizer
+    save = _unwrapped(optimizer.sharded_param_state_fully_reshardable)
+
+    @functools.wraps(save)
+    def unpadded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_padding(buffer)
+            return save(self, *args, **kwargs)
+        finally:
+            for buffer, index_map in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = index_map
+
+    optimizer.sharded_param_state_fully_reshardable = unpadded
+
+
+def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = [0, *itertools.accumulate(padding)]
+    return {
+        param: (start - before[bucket], end - before[bucket], bucket)
+        for param, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+def load_across_expert_optimizers() -> None:
+    """Let `ChainedOptimizer.load_state_dict` take the state of another number of optimizers.
+
+    Experts that are spread over ranks have an optimizer of their own, others have not.
+    """
+    optimizer = megatron.core.optimizer.ChainedOptimizer
+    load = _unwrapped(optimizer.load_state_dict)
+
+    @functools.wraps(load)
+    def matched(self: Any, state_dict: Any) -> None:
+        load(self, match_optimizers(self, state_dict))
+
+    optimizer.load_state_dict = matched
+
+
 def group_alphas(lr_mult: float | None = None) -> None:
     """Give the alphas an optimizer parameter group of their own, and a learning rate.
 
@@ -79,14 +131,22 @@ def group_alphas(lr_mult: float | None = None) -> None:
     def with_alphas(args: Any) -> tuple[Any, dict[Any, Any]]:
         _check_optimizer_can_save(args)
         config, overrides = build(args)
-        alphas = ParamKey(name="*.activation_func.alpha_*")
-        # loading a checkpoint tells groups apart by these values; without the last two this group
-        # would look like the norms'
-        own = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
-        own |= {"start_wd": 0.0, "end_wd": 0.0}
-        return config, {**(overrides or {}), alphas: own}
+        return config, {**(overrides or {}), **alpha_group(config, multiplier)}
 
     training.get_megatron_optimizer_config = with_alphas
+
+
+def alpha_group(config: OptimizerConfig, multiplier: float = 1.0) -> dict[ParamKey, Any]:
+    """The `config_overrides` entry that makes the alphas a parameter group of their own.
+
+    Args:
+        multiplier: learning rate relative to the other parameters.
+    """
+    # loading a checkpoint tells groups apart by these values; without the last two this group
+    # would look like the norms'
+    own = {"max_lr": config.lr * multiplier, "min_lr": config.min_lr * multiplier}
+    own |= {"start_wd": 0.0, "end_wd": 0.0}
+    return {ParamKey(name="*.activation_func.alpha_*"): own}
 
 
 def _check_optimizer_can_save(args: Any) -> None:
