@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_ranks(program: Path, arguments: Sequence[str], nproc: int, timeout: float = 300) -> None:
     """Run `python PROGRAM ARGUMENTS` as `nproc` ranks; a failing rank's output is the error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # served here, because a port that rank 0 were to open later may be taken then
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         subprocess.Popen(
             [sys.executable, str(program), *arguments],
@@ -25,7 +25,9 @@ def run_ranks(program: Path, arguments: Sequence[str], nproc: int, timeout: floa
                 LOCAL_RANK=rank,
                 WORLD_SIZE=nproc,
                 MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
+                MASTER_PORT=store.port,
+                TORCHELASTIC_USE_AGENT_STORE=True,
+                TORCHELASTIC_RESTART_COUNT=0,
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

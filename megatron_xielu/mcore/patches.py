@@ -129,7 +129,7 @@ def group_alphas(lr_mult: float | None = None) -> None:
 
     @functools.wraps(build)
     def with_alphas(args: Any) -> tuple[Any, dict[Any, Any]]:
-        _check_optimizer_can_save(args)
+        _check_optimizer(args)
         config, overrides = build(args)
         return config, {**(overrides or {}), **alpha_group(config, multiplier)}
 
@@ -149,12 +149,20 @@ def alpha_group(config: OptimizerConfig, multiplier: float = 1.0) -> dict[ParamK
     return {ParamKey(name="*.activation_func.alpha_*"): own}
 
 
-def _check_optimizer_can_save(args: Any) -> None:
+def _check_optimizer(args: Any) -> None:
     sharded = args.use_distributed_optimizer or args.use_megatron_fsdp or args.use_torch_fsdp2
     if (args.bf16 or args.fp16) and not sharded:
         raise UserError(
             "xIELU's alphas stay fp32 in a bf16 or fp16 model, and Megatron's plain optimizer "
             "cannot save such a mixture: add --use-distributed-optimizer"
+        )
+    chunks = args.virtual_pipeline_model_parallel_size or 1
+    if (args.bf16 or args.fp16) and chunks > 1:
+        # found by `doctor --layouts`, cause unknown (docs/layouts.md)
+        raise UserError(
+            f"bf16 or fp16 with {chunks} virtual pipeline chunks per rank trains wrong parameters "
+            "with fp32 alphas in Megatron's distributed optimizer: leave out "
+            "--num-layers-per-virtual-pipeline-stage and its kin, or train in fp32"
         )
 
 

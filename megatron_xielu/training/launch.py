@@ -7,7 +7,6 @@ import errno
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -81,7 +80,7 @@ def launch(
     Returns:
         0, or the exit code of the rank that failed.
     """
-    port = _free_port()
+    store = _store()
     ranks: list[subprocess.Popen[bytes]] = []
     errors: list[int] = []
     ended: list[int] = []
@@ -93,7 +92,7 @@ def launch(
                 ranks.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "megatron_xielu", *arguments],
-                        env=_environment(rank, nproc, port, error_end),
+                        env=_environment(rank, nproc, store.port, error_end),
                         pass_fds=[error_end, *keep_open],
                         # Ctrl-C reaches this process alone
                         start_new_session=True,
@@ -212,6 +211,9 @@ def _environment(rank: int, nproc: int, port: int, error_end: int) -> Mapping[st
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # torch's names for a store that is served by who started the ranks
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         _ERROR_PIPE: str(error_end),
     }
 
@@ -223,10 +225,11 @@ def _num_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _store() -> Any:
+    """Where the ranks meet, served here: a port that rank 0 opened later might be taken by then."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @contextmanager

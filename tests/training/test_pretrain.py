@@ -265,6 +265,13 @@ def test_an_activation_kernel_that_this_machine_has_not(data_dir: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_layout_that_is_known_to_train_wrongly(data_dir: Path, tmp_path: Path) -> None:
+    cut = ["parallel.pipeline_model_parallel_size=2", "training.precision=bf16"]
+    flags = ["--num-layers-per-virtual-pipeline-stage", "1"]
+    message = refused(command(tmp_path / "run", data_dir, *cut, flags=flags))
+    assert "with 2 virtual pipeline chunks per rank trains wrong parameters" in message
+
+
 def test_missing_and_truncated_data(own_data: Path, tmp_path: Path) -> None:
     message = refused(command(tmp_path / "run", tmp_path / "nowhere"))
     assert f"no data folder at {tmp_path / 'nowhere'}" in message

@@ -8,10 +8,9 @@ state, because Megatron cannot load one optimizer's state into the other.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,20 +102,19 @@ def run(
     ranks.meet()
     for chain in chains.values():
         _read_reference(chain)
-    cut_cases = [case for case in cases if case.layout.world_size > 1]
-    for size, group in itertools.groupby(
-        sorted(cut_cases, key=lambda case: case.layout.world_size),
-        key=lambda case: case.layout.world_size,
-    ):
+    for case in sorted(cases, key=lambda case: case.layout.world_size):
+        size = case.layout.world_size
+        if size == 1:
+            continue
+        chain = chains[_chain_key(case)]
+        # a world for each: its groups keep their threads until it ends
         with ranks.world(size) as mine:
-            for case in group:
-                chain = chains[_chain_key(case)]
-                if mine:
-                    with _blamed(case.model, case.layout), planted(fault, case.layout):
-                        row = _run_case(case, chain)
-                    if ranks.rank == 0:
-                        report(row)
-                chain.saves += 1
+            if mine:
+                with _blamed(case.model, case.layout), planted(fault, case.layout):
+                    row = _run_case(case, chain)
+                if ranks.rank == 0:
+                    report(row)
+        chain.saves += 1
     with ranks.world(1) as mine:
         for chain in chains.values() if mine else ():
             with _blamed(chain.model, chain.layout):
@@ -142,8 +140,7 @@ def _blamed(model: Model, layout: Layout) -> Iterator[None]:
 
 
 def _run_case(case: Case, chain: Chain) -> Row:
-    with cut(case.layout):
-        trainer = Trainer(case.model, case.layout)
+    with cut(case.layout), closing(Trainer(case.model, case.layout)) as trainer:
         trainer.load(chain.last())
         target = chain.folder / f"{chain.saves + 1:03d}"
         start = _save(trainer, target)
@@ -191,8 +188,7 @@ def _back_on_one_rank(chain: Chain, chains: Mapping[ChainKey, Chain]) -> Row:
 
 def _make_reference(chain: Chain) -> None:
     chain.folder.mkdir(parents=True)
-    with cut(chain.layout):
-        trainer = Trainer(chain.model, chain.layout)
+    with cut(chain.layout), closing(Trainer(chain.model, chain.layout)) as trainer:
         for number in range(START_STEPS):
             trainer.step(batch(number))
         chain.start = _whole(_save(trainer, chain.last()))
@@ -225,8 +221,7 @@ def _read_reference(chain: Chain) -> None:
 def _spread(chain: Chain) -> Distance:
     """The largest distance of bf16 runs on one rank, each cut otherwise, from the fp32 run."""
     exact_layout = replace(chain.layout, distributed=False, bf16=False)
-    with cut(exact_layout):
-        exact = Trainer(chain.model, exact_layout)
+    with cut(exact_layout), closing(Trainer(chain.model, exact_layout)) as exact:
         exact.plant(chain.start, START_STEPS)
         exact_steps = _train(exact)
         exact_end = _whole(exact.shards())
@@ -234,8 +229,10 @@ def _spread(chain: Chain) -> Distance:
     reference = {key: exact_end[_exact_key(key, exact_end)] for key in chain.end}
     samples = []
     for micro_batches in (1, 2, 4, GLOBAL_BATCH):
-        with cut(chain.layout):
-            trainer = Trainer(chain.model, chain.layout, micro_batches)
+        with (
+            cut(chain.layout),
+            closing(Trainer(chain.model, chain.layout, micro_batches)) as trainer,
+        ):
             trainer.load(chain.last())
             steps = _train(trainer)
             samples.append(compare.of_steps(steps, exact_steps))

@@ -73,6 +73,12 @@ class Trainer:
         if self.layout.overlap:
             config.no_sync_func = _one_or_all([chunk.no_sync for chunk in self.chunks])
 
+    def close(self) -> None:
+        """Let the model go; its groups' threads end with it."""
+        for chunk in self.chunks:
+            # a cycle through autograd's C++ side, which Python's collector does not see
+            chunk.grad_accs.clear()
+
     def step(self, tokens: Tensor) -> Step:
         """One optimizer step on a whole batch.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -52,6 +53,8 @@ class Ranks:
         finally:
             parallel_state.destroy_model_parallel()
             distributed.destroy_process_group()
+            # cycles hold groups, and groups hold threads
+            gc.collect()
 
     def meet(self) -> None:
         """Wait until every rank of the launch is here."""
