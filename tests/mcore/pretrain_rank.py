@@ -70,6 +70,7 @@ def main() -> None:
     cpu_platform.hide_gpu_libraries()
     import megatron_xielu.mcore.activation as activation
     import megatron_xielu.mcore.pretrain as pretrain
+    from megatron_xielu.mcore.health import HealthSettings
 
     if args.fault:
         plant(args.fault, activation)
@@ -83,6 +84,8 @@ def main() -> None:
         activation.XIELUPlaceholder(beta=recipe.xielu.beta, impl=recipe.xielu.impl),
         recorder,
         alpha_lr_mult=recipe.xielu.lr_mult,
+        # a planted fault runs to the end, so that its size can be seen
+        health=HealthSettings(every=0 if args.fault else recipe.health.every),
     )
     alphas = {
         number: [
