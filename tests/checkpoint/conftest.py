@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_layouts import LAYOUTS, recipe_of
+from torch.distributed import TCPStore
 from write_checkpoint import Job
 
 from megatron_xielu.recipes import to_yaml
@@ -57,9 +57,7 @@ def copy_run(runs: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 
 def _launch(jobs: Path, world_size: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     root = Path(__file__).parents[2]
     ranks = [
         subprocess.Popen(
@@ -76,7 +74,9 @@ def _launch(jobs: Path, world_size: int) -> None:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
                 "OMP_NUM_THREADS": "1",
                 # Megatron refuses tensor parallelism without it
                 "CUDA_DEVICE_MAX_CONNECTIONS": "1",

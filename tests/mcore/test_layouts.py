@@ -71,7 +71,14 @@ def case_key(case: Case) -> tuple[str, ...]:
     return case.model.name, *(str(int(getattr(case.layout, axis))) for axis in AXES)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# tests/mcore/test_parallel.py leaves the sum out too, in `pretrain`
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(name, marks=[] if name == "expert-average" else pytest.mark.slow)
+        for name in FAULTS
+    ],
+)
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     run = doctor("--nproc", "2", "--fault", fault, "--csv", str(tmp_path / "rows.csv"))
     print(run.stdout)

@@ -32,7 +32,11 @@ def train(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     return [json.loads((seen / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# the command's own test of resumption in tests/training has TP=2
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[] if "DP" in name else pytest.mark.slow) for name in LAYOUTS],
+)
 def test_ten_and_ten_steps_are_twenty(layout: str, small_recipe: Recipe, tmp_path: Path) -> None:
     recipe = dataclasses.replace(
         small_recipe,
