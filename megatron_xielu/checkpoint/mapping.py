@@ -98,6 +98,8 @@ class Entry:
     """Megatron may hold more rows than `shape` says: the vocabulary, rounded up."""
     keep_fp32: bool = False
     """Exported in fp32 whatever the rest is."""
+    flat: bool = False
+    """May be stored as a vector of all layers' values, as the swiss-ai fork once did."""
 
 
 def _alpha(name: str) -> Entry:
@@ -106,6 +108,7 @@ def _alpha(name: str) -> Entry:
         hf=(f"model.layers.{{i}}.mlp.act_fn.{name}",),
         shape=lambda d: (1,),
         keep_fp32=True,
+        flat=True,
     )
 
 
@@ -229,6 +232,8 @@ def locate(reader: TorchDistReader, dims: Dims) -> list[Placement]:
 def read_weight(reader: TorchDistReader, placement: Placement, dims: Dims) -> Tensor:
     """The weight as Megatron holds it, without padding rows, in its stored type."""
     weight = reader.read(placement.key, placement.index)
+    if placement.entry.flat and weight.dim() == 0:
+        return weight.view(1)
     return weight[: dims.vocab_size] if placement.entry.padded else weight
 
 
@@ -282,6 +287,8 @@ def _check_shape(placement: Placement, reader: TorchDistReader, dims: Dims) -> N
     found, expected = reader.shape(placement.key), placement.entry.shape(dims)
     if placement.index is not None:
         expected = (dims.num_layers, *expected)
+        if placement.entry.flat and found == (dims.num_layers,):
+            return
     padding = placement.entry.padded and found[0] > expected[0]
     if found != expected and not (padding and found[1:] == expected[1:]):
         raise UserError(

@@ -227,6 +227,11 @@ SEAMS = (
         source='raise CheckpointException("write", node_failures)',
     ),
     Seam(
+        "megatron.core.dist_checkpointing.load",
+        "is asked for alphas in the shape that older checkpoints hold",
+        "sharded_state_dict checkpoint_dir",
+    ),
+    Seam(
         "megatron.core.dist_checkpointing.serialization.load_common",
         "loads an older checkpoint's common.pt, with weights alone",
         "checkpoint_dir",

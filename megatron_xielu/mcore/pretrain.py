@@ -25,7 +25,7 @@ from megatron.training.training import pretrain as megatron_pretrain
 from torch import Tensor
 
 from megatron_xielu.errors import UserError
-from megatron_xielu.mcore import contract, cpu_platform, patches, safe_load
+from megatron_xielu.mcore import contract, cpu_platform, old_alphas, patches, safe_load
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
 from megatron_xielu.mcore.health import Health, HealthSettings
@@ -74,6 +74,7 @@ def pretrain(
     on_cpu = cpu_platform.enable()
     patches.skip_dataset_helper_build()
     refused = safe_load.enable()
+    old_alphas.enable()
     patches.use_group_step_adamw()
     patches.save_padded_buckets_right()
     patches.load_across_expert_optimizers()
