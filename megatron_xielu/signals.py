@@ -10,6 +10,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What schedulers, a user's Ctrl-C and a closed terminal send; all mean the same."""
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Those that this process listens to: nohup means that a closed terminal must not end a run."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+
+
 class StopSignals:
     """Remembers a stop signal, and when it came, instead of dying of it."""
 
@@ -18,10 +24,8 @@ class StopSignals:
 
     def listen(self, *more: int) -> None:
         """Take over the stop signals of this process, and `more`."""
-        for number in {*STOP_SIGNALS, *more}:
-            # nohup means that a closed terminal must not end the run
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._remember)
+        for number in {*stop_signals(), *more}:
+            signal.signal(number, self._remember)
 
     def seconds_since(self) -> float | None:
         """Since the first of them came; None while there was none."""

@@ -118,16 +118,17 @@ class Store:
             _sync(staging / name)
         manifests.save(manifest, staging)
         _sync(staging)
-        if final.exists():
-            # training went back to an older step and has come here again
-            self._remove(step)
-        # a rename needs no room, so nothing can fail between these two on a full disk
+        # a rename needs no room, so nothing can fail between these on a full disk
         latest = self._prepare_latest(step)
+        # training went back to an older step and has come here again, or a finished run was started
+        replaced = self._set_out(step) if final.exists() else None
         staging.rename(final)
         _sync(self.folder)
         latest.replace(self.folder / LATEST)
         _sync(self.folder)
         (self.folder / _SAVING).rmdir()
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def prune(self, newest: int) -> None:
         """Remove the steps up to `newest` that need not be kept; raises OSError if it cannot."""
@@ -161,18 +162,23 @@ class Store:
     def recover(self, progress: Callable[[str], None]) -> None:
         """Finish or remove what a killed process left; nothing else may be at work here."""
         for leftover in self.folder.glob(f"{_REMOVING}*"):
-            shutil.rmtree(leftover)
-        saving = self.folder / _SAVING
+            step = int(leftover.name.rpartition("_")[2])
+            if step == self.latest() and not self.path(step).exists():
+                # it was to be replaced by a new save of the same step
+                leftover.rename(self.path(step))
+            else:
+                shutil.rmtree(leftover)
+        saving, prepared = self.folder / _SAVING, self.folder / _NEW_LATEST
         if saving.is_dir():
             cut_off = sorted(saving.iterdir())
-            newest = max(self.steps(), default=0)
-            if not cut_off and newest > self.latest():
+            published = prepared.read_text() if prepared.is_file() else ""
+            if not cut_off and published.isdigit() and self.path(int(published)).is_dir():
                 # the kill came after the rename and before the step became the latest
-                self.set_latest(newest)
+                self.set_latest(int(published))
             shutil.rmtree(saving)
-            (self.folder / _NEW_LATEST).unlink(missing_ok=True)
             for path in cut_off:
                 progress(f"removed {path}: its save was cut off")
+        prepared.unlink(missing_ok=True)
         for step in self.steps():
             # a save of stock Megatron's, which writes in place and its index last
             if step > self.latest() and not (self.path(step) / INDEX).is_file():
@@ -221,11 +227,14 @@ class Store:
         return partial
 
     def _remove(self, step: int) -> None:
+        shutil.rmtree(self._set_out(step))
+
+    def _set_out(self, step: int) -> Path:
         # under another name first: a removal that is cut off leaves no half step
         removing = self.folder / f"{_REMOVING}{self.path(step).name}"
         shutil.rmtree(removing, ignore_errors=True)
         self.path(step).rename(removing)
-        shutil.rmtree(removing)
+        return removing
 
 
 def open_store(path: Path) -> Store:

@@ -211,6 +211,11 @@ SEAMS = (
         "checkpoints_path",
     ),
     Seam(
+        "megatron.training.wandb_utils.on_save_checkpoint_success",
+        "is told of a step once it is published",
+        "checkpoint_path tracker_filename save_dir iteration",
+    ),
+    Seam(
         f"{_SAVE}.schedule_async_save",
         "takes the request to which publishing is added",
         "async_request",

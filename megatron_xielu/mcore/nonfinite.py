@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.training import get_args
 from torch import Tensor, nn
 
 from megatron_xielu.mcore.places import parameters
@@ -43,7 +45,7 @@ class OptimizerGuard:
     def _checked_norm(self) -> Any:
         norm = self._compute_norm()
         self.norm = float(norm)
-        self.refused = not math.isfinite(self.norm)
+        self.refused = _anywhere(not math.isfinite(self.norm))
         if self.refused:
             # now, because clipping by such a norm changes the gradients
             self.spoiled = spoiled_gradients(self._model)
@@ -83,6 +85,16 @@ class LossWatch:
     def all_finite(self) -> bool:
         """Whether every loss that this rank computed is finite; true where none is computed."""
         return not self._finite or bool(torch.stack(self._finite).all())
+
+
+def _anywhere(refused: bool) -> bool:
+    """Whether any rank refuses; asked only where the norm is of one of several model copies."""
+    copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    if get_args().use_distributed_optimizer or copies == 1:
+        return refused
+    flag = torch.tensor([refused], dtype=torch.int, device="cuda")
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -205,10 +205,14 @@ class Observer:
         def observed(iteration: int, *args: Any, **kwargs: Any) -> Any:
             with self.preemption.saving():
                 result = save(iteration, *args, **kwargs)
-            in_mid_run = iteration < get_args().train_iters and not self.preemption.agreed
+            # what an asynchronous save takes is known once it is published
+            known = not get_args().async_save or self.preemption.longest_publication > 0
+            in_mid_run = iteration < get_args().train_iters and not self.preemption.agreed and known
             if in_mid_run and is_reporting_rank():
                 told = self.preemption
-                self.listener.stop_needs(wait=told.longest_wait, save=told.longest_save)
+                self.listener.stop_needs(
+                    wait=told.longest_wait, save=told.bound() - told.longest_wait
+                )
             return result
 
         return observed

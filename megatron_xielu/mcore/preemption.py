@@ -37,6 +37,8 @@ class Preemption:
         """Seconds of the longest step or evaluation batch since `start_clock`."""
         self.longest_save = 0.0
         """Seconds of the longest save; 0 before the first."""
+        self.longest_publication = 0.0
+        """Seconds from the begin of a save until it counted; longer than it where it is async."""
         self._asked_at: float | None = None
         self._last_poll = time.monotonic()
 
@@ -56,7 +58,7 @@ class Preemption:
 
     def bound(self) -> float:
         """Seconds from a signal to a saved checkpoint at most, by what was seen so far."""
-        return self.longest_wait + self.longest_save
+        return self.longest_wait + max(self.longest_save, self.longest_publication)
 
     def signals_received(self) -> list[bool]:
         """For each rank whether it was sent a signal. A collective: every rank must call it."""

@@ -95,7 +95,7 @@ def pretrain(
     observer = Observer(listener, datasets, preemption, evaluate_first=evaluate_first)
     observer.attach()
     if store is not None:
-        Saving(store, listener).attach(args)
+        Saving(store, listener, preemption).attach(args)
     Health(health, observer).attach()
     ended_early = False
     try:

@@ -8,10 +8,11 @@ disk, is a warning on all of them: what was saved before stays, and the next int
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import megatron.core.dist_checkpointing.serialization
 import megatron.training.checkpointing
 import megatron.training.training
+import megatron.training.wandb_utils
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -31,9 +33,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from megatron_xielu import __version__
 from megatron_xielu.errors import UserError
 from megatron_xielu.mcore import patches
-from megatron_xielu.mcore.observer import Listener
+from megatron_xielu.mcore.observer import Listener, is_reporting_rank
+from megatron_xielu.mcore.preemption import Preemption
 from megatron_xielu.mcore.shard_file import ShardFile
 
+LATEST = "latest_checkpointed_iteration.txt"
 _UNKNOWN = "a rank could not write; the logs say why"
 
 
@@ -47,8 +51,11 @@ class Store(Protocol):
     def begin(self, step: int) -> Path:
         """Make an empty folder for a save."""
 
+    def path(self, step: int) -> Path:
+        """Where it is once it is published."""
+
     def staging(self, step: int) -> Path:
-        """That folder."""
+        """The folder of a save at work."""
 
     def describe(self, step: int, names: list[str]) -> Mapping[str, Any]:
         """Size and checksum of files in it."""
@@ -69,16 +76,21 @@ class Saving:
     Args:
         store: keeps the checkpoints of the folder that `--save` names.
         listener: gets the outcome of every save, on every rank.
+        preemption: learns how long a save takes.
     """
 
-    def __init__(self, store: Store, listener: Listener) -> None:
+    def __init__(self, store: Store, listener: Listener, preemption: Preemption) -> None:
         self.store = store
+        self.preemption = preemption
         self.listener = listener
         self._staged_step: int | None = None
         self._scheduled_step = 0
         self._problem: str | None = None
         self._at_work = False
         self._began = 0.0
+        self._tell_wandb: Callable[..., None] | None = None
+        # a pipe that a writer forked from here has as well
+        self._reasons: Any = multiprocessing.get_context("fork").SimpleQueue()
 
     def attach(self, args: Any) -> None:
         """Wrap the functions of Megatron that save.
@@ -91,6 +103,11 @@ class Saving:
                 f"--save-retain-interval {args.save_retain_interval} is Megatron's own removal of "
                 "checkpoints: set checkpoint.keep_last and checkpoint.keep_every instead"
             )
+        if args.ckpt_format != "torch_dist" or getattr(args, "dataloader_save", None):
+            raise UserError(
+                f"--ckpt-format {args.ckpt_format} and --dataloader-save cannot be checked and "
+                "published as a whole: leave them out"
+            )
         if Path(args.save) != self.store.folder:
             raise UserError(
                 f"--save {args.save} is another folder than the run's {self.store.folder}: choose "
@@ -102,6 +119,9 @@ class Saving:
         patches.wrap(checkpointing, "get_checkpoint_name", self._around_name)
         patches.wrap(checkpointing, "get_checkpoint_tracker_filename", self._around_tracker)
         patches.wrap(checkpointing, "schedule_async_save", self._around_schedule)
+        patches.wrap(
+            megatron.training.wandb_utils, "on_save_checkpoint_success", self._around_wandb
+        )
         # what only rank 0 writes: an error must not leave the others waiting for it
         patches.wrap(FileSystemWriter, "finish", self._remembering)
         filesystem_async.open = self._open_shard
@@ -116,7 +136,7 @@ class Saving:
             # a save that is still being written uses the same folder beside
             megatron.training.training.maybe_finalize_async_save(blocking=True)
             self._began, self._at_work = time.perf_counter(), True
-            self._problem = self._on_rank_0(lambda: self.store.begin(iteration))
+            self._problem = self._begin(iteration)
             if self._problem is None:
                 try:
                     with self._staged(iteration):
@@ -129,6 +149,19 @@ class Saving:
             self._finish(iteration)
 
         return saved
+
+    def _begin(self, step: int) -> str | None:
+        """Make the folder, and let every rank try to write into it; what is wrong, on all ranks."""
+        problem = self._on_rank_0(lambda: self.store.begin(step))
+        if problem is None:
+            # an error in Megatron's planning would end one rank and leave the others waiting
+            probe = self.store.staging(step) / f".probe_{torch.distributed.get_rank()}"
+            try:
+                probe.write_bytes(b"x")
+                probe.unlink()
+            except OSError as error:
+                problem = f"{error}; do all ranks see the same {self.store.folder}?"
+        return self._anyones(problem)
 
     @contextmanager
     def _staged(self, step: int) -> Iterator[None]:
@@ -172,6 +205,16 @@ class Saving:
 
         return finalized
 
+    def _around_wandb(self, tell: Callable[..., None]) -> Callable[..., None]:
+        self._tell_wandb = tell
+
+        def told(*args: Any, **kwargs: Any) -> None:
+            # of a folder that is about to be renamed; `_finish` tells of the published one
+            if not self._at_work:
+                tell(*args, **kwargs)
+
+        return told
+
     def _remembering(self, write: Callable[..., Any]) -> Callable[..., Any]:
         def remembered(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -188,8 +231,9 @@ class Saving:
         return ShardFile(path, self._note) if mode == "wb" else open(path, mode, **kwargs)
 
     def _note(self, error: OSError) -> None:
-        # Megatron's own report of it holds no reason
+        # Megatron's own report of it holds no reason; a forked writer's memory is not this one
         self._problem = self._problem or str(error)
+        self._reasons.put(str(error))
 
     def _finish(self, step: int) -> None:
         """Publish a step that every rank has written, or give it up; called on all ranks."""
@@ -198,13 +242,21 @@ class Saving:
         if problem is None:
             if left := self._on_rank_0(lambda: self.store.prune(step)):
                 print(f"older checkpoints could not be removed: {left}", flush=True)
-            self.listener.saved(step=step, seconds=time.perf_counter() - self._began)
+            if self._tell_wandb is not None and is_reporting_rank():
+                path, tracker = self.store.path(step), self.store.folder / LATEST
+                self._tell_wandb(str(path), str(tracker), str(self.store.folder), step)
+            seconds = time.perf_counter() - self._began
+            self.preemption.longest_publication = max(self.preemption.longest_publication, seconds)
+            self.listener.saved(step=step, seconds=seconds)
         else:
             self._on_rank_0(self.store.discard)
             self.listener.save_failed(step=step, problem=problem)
 
     def _describe_and_publish(self, step: int) -> str | None:
         files: Mapping[str, Any] = {}
+        while not self._reasons.empty():
+            reason = self._reasons.get()
+            self._problem = reason if self._problem == _UNKNOWN else self._problem
         if self._problem is None:
             try:
                 files = self.store.describe(step, self._own_files(step))
@@ -213,9 +265,8 @@ class Saving:
         everyones: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyones, (self._problem, files))
         problems = [problem for problem, _ in everyones if problem]
-        # the rank whose write failed knows the reason, the others only that there is one
         if problems:
-            return min(problems, key=lambda problem: problem == _UNKNOWN)
+            return _clearest(problems)
         every_file = {name: record for _, files in everyones for name, record in files.items()}
         return self._on_rank_0(lambda: self.store.publish(step, every_file, _about()))
 
@@ -225,6 +276,13 @@ class Saving:
         names = [path.name for path in self.store.staging(step).iterdir()]
         owners = {name: re.match(r"__(\d+)_\d+\.distcp$", name) for name in names}
         return [name for name, owner in owners.items() if int(owner[1] if owner else 0) == rank]
+
+    def _anyones(self, problem: str | None) -> str | None:
+        """On every rank, the problem of whichever has one."""
+        everyones: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyones, problem)
+        found = [one for one in everyones if one]
+        return _clearest(found) if found else None
 
     def _on_rank_0(self, action: Callable[[], object]) -> str | None:
         """Do it on rank 0; returns on every rank what went wrong."""
@@ -236,6 +294,11 @@ class Saving:
                 problem = [str(error)]
         torch.distributed.broadcast_object_list(problem, src=0)
         return problem[0]
+
+
+def _clearest(problems: Sequence[str]) -> str:
+    # the rank whose write failed knows the reason, the others only that there is one
+    return min(problems, key=lambda problem: problem == _UNKNOWN)
 
 
 def _about() -> dict[str, Any]:

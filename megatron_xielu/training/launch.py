@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from megatron_xielu.signals import STOP_SIGNALS
+from megatron_xielu.signals import stop_signals
 
 # a rank whose peer died hangs in a collective; it gets this long to notice by itself
 _GRACE_SECONDS = 5.0
@@ -127,7 +127,7 @@ def stopping_at_once() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Stopped
 
-    kept = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    kept = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     finally:
@@ -247,7 +247,7 @@ def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[li
             text = "stopping after this step; Ctrl-C now stops at once"
             print(text, file=sys.stderr, flush=True)
 
-    kept = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    kept = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         yield received
     finally:

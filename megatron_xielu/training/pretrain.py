@@ -339,9 +339,11 @@ class _Listener:
         """Say once what a preemption needs, for a scheduler's notice before the end."""
         if not self._told_bound:
             self._told_bound = True
+            # torchrun itself does not survive SIGUSR1
+            hint = " (Slurm: --signal=USR1@SECONDS)" if launch.is_child() else ""
             print(
                 f"a stop needs up to {wait + save:.1f} s by what was seen so far: {wait:.1f} s to "
-                f"end a step or evaluation batch, {save:.1f} s to save (Slurm: --signal=USR1@N)",
+                f"end a step or evaluation batch, {save:.1f} s to save{hint}",
                 file=self._terminal,
             )
 

@@ -97,8 +97,10 @@ def cut_off_at(count: int, patch: pytest.MonkeyPatch) -> list[int]:
     return done
 
 
-def test_a_kill_between_any_two_operations_leaves_a_whole_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the latest step again"])
+def test_a_kill_between_any_two_operations_leaves_a_whole_step(again: bool, tmp_path: Path) -> None:
     outcomes = []
+    saved = 9 if again else 12
     for count in range(100):
         folder = tmp_path / str(count)
         folder.mkdir()
@@ -109,7 +111,7 @@ def test_a_kill_between_any_two_operations_leaves_a_whole_step(tmp_path: Path) -
         with pytest.MonkeyPatch.context() as patch:
             cut_off_at(count, patch)
             try:
-                save(store, 12)
+                save(store, saved)
                 finished = True
             except (Cut, CheckpointException):
                 # torch wraps what is raised while it writes
@@ -128,10 +130,10 @@ def test_a_kill_between_any_two_operations_leaves_a_whole_step(tmp_path: Path) -
         outcomes.append(latest)
         if finished:
             break
-    print(f"cut off at {len(outcomes)} places: {outcomes.count(9)} kept step 9, the rest have 12")
+    print(f"cut off at {len(outcomes)} places: {outcomes.count(9)} have step 9 as the latest")
     assert finished
     assert outcomes == sorted(outcomes)
-    assert {9, 12} == set(outcomes)
+    assert {9, saved} == set(outcomes)
 
 
 def flip(path: Path) -> None:
@@ -232,6 +234,33 @@ def test_going_back_to_an_older_step(store: Store) -> None:
     save(store, 4)
     assert (store.latest(), store.steps()) == (4, [2, 4, 6])
     assert store.problems(4, checksums=True) == []
+
+
+def test_a_kill_after_going_back_does_not_take_the_future_for_the_latest(tmp_path: Path) -> None:
+    outcomes = []
+    for count in range(100):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        store = Store(folder)
+        for step in (2, 4, 6):
+            save(store, step)
+        store.set_latest(2)
+        finished = False
+        with pytest.MonkeyPatch.context() as patch:
+            cut_off_at(count, patch)
+            try:
+                save(store, 4)
+                finished = True
+            except (Cut, CheckpointException):
+                pass
+        store.recover(print)
+        outcomes.append(store.latest())
+        assert store.problems(store.latest(), checksums=True) == []
+        if finished:
+            break
+    print(f"cut off at {len(outcomes)} places: {outcomes.count(2)} stand at step 2")
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {2, 4}
 
 
 def test_a_file_that_rank_0_does_not_see_as_it_was_written(store: Store) -> None:

@@ -59,7 +59,7 @@ def run_and_kill(
                 with suppress(ProcessLookupError, IndexError):
                     # the moment may be the one at which all of them end
                     os.kill(chance.choice(list(ranks.values())), signal.SIGKILL)
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=800)
         finally:
             process.kill()
         if process.returncode == 0:
