@@ -56,11 +56,13 @@ def test_a_covering_choice_of_layouts_agrees(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_layout_agrees(model: Model, tmp_path: Path) -> None:
-    run = doctor("--model", model.name, "--csv", str(tmp_path / "rows.csv"))
+    # MoE on 4 ranks did not end within 14 minutes on two cores (docs/layouts.md)
+    nproc = 2 if model.experts else 4
+    run = doctor("--model", model.name, "--nproc", str(nproc), "--csv", str(tmp_path / "rows.csv"))
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
     found = {row_key(row) for row in rows_of(tmp_path / "rows.csv")}
-    assert found == {case_key(case) for case in grid.full(4) if case.model == model}
+    assert found == {case_key(case) for case in grid.full(nproc) if case.model == model}
 
 
 def row_key(row: dict[str, str]) -> tuple[str, ...]:
