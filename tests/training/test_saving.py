@@ -74,7 +74,7 @@ def test_kills_of_ranks(data_dir: Path, straight: Path, tmp_path: Path) -> None:
     assert_same_end(folder, straight, 20)
 
 
-LONG = 150
+LONG = 80
 
 
 @pytest.fixture(scope="module")
