@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_xielu import __version__
 from megatron_xielu.errors import UserError
@@ -304,6 +305,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("plot.png"))
     command.set_defaults(run=_plot)
 
+    _add_bench(commands)
+    _add_doctor(commands)
+
+    command = commands.add_parser("quickstart", help="all of it once, on a tiny model")
+    command.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where to")
+    command.set_defaults(run=_quickstart)
+    return parser
+
+
+def _add_bench(commands: Any) -> None:
     command = commands.add_parser("bench", help="what the kernels of xIELU cost; 1: a gate missed")
     mode = command.add_mutually_exclusive_group()
     mode.add_argument("--cpu", action="store_true", help="time the CPU kernels (the default)")
@@ -321,6 +332,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--csv", type=Path, help="with --cpu or --gpu: append the rows to it")
     command.set_defaults(run=_bench)
 
+
+def _add_doctor(commands: Any) -> None:
     command = commands.add_parser("doctor", help="whether this machine computes what it should")
     command.add_argument(
         "--layouts",
@@ -338,11 +351,6 @@ def _parser() -> argparse.ArgumentParser:
     # plants a known fault, for tests of the matrix itself
     command.add_argument("--fault", help=argparse.SUPPRESS)
     command.set_defaults(run=_doctor)
-
-    command = commands.add_parser("quickstart", help="all of it once, on a tiny model")
-    command.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where to")
-    command.set_defaults(run=_quickstart)
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.checkpoint.store import LATEST, Store
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, head_dim, load_recipe, num_query_groups
 from megatron_xielu.unpickle import Opaque
 
-_LATEST = "latest_checkpointed_iteration.txt"
 _RECIPE = "recipe.yaml"
 
 
@@ -124,23 +124,20 @@ _LLAMA: dict[str, Any] = {
 
 
 def _latest_step(path: Path) -> Path:
-    folder = next((f for f in (path / "checkpoints", path) if (f / _LATEST).is_file()), None)
+    folder = next((f for f in (path / "checkpoints", path) if (f / LATEST).is_file()), None)
     if folder is None:
         raise UserError(
-            f"{path} has no checkpoint yet: neither it nor its checkpoints/ holds {_LATEST}. Give "
+            f"{path} has no checkpoint yet: neither it nor its checkpoints/ holds {LATEST}. Give "
             f"a run folder after its first save, or an iter_ folder."
         )
-    text = (folder / _LATEST).read_text().strip()
-    if not text.isdigit():
-        raise UserError(
-            f"{folder / _LATEST} says {text!r}, not a step number{_saved_steps(folder)}."
-        )
-    return folder / f"iter_{int(text):07d}"
+    store = Store(folder)
+    return store.path(store.latest())
 
 
 def _saved_steps(folder: Path) -> str:
-    steps = sorted(step.name for step in folder.glob("iter_*"))
-    return f"; saved there: {', '.join(steps)}" if steps else "; nothing is saved there"
+    store = Store(folder)
+    names = [store.path(step).name for step in store.steps()]
+    return f"; saved there: {', '.join(names)}" if names else "; nothing is saved there"
 
 
 def _run_dir(step: Path) -> Path:

@@ -232,6 +232,11 @@ SEAMS = (
         source='raise CheckpointException("write", node_failures)',
     ),
     Seam(
+        "megatron.core.distributed.distributed_data_parallel.partition_buckets",
+        "is kept from putting two types into one group on gloo",
+        "buffers force_single_bucket_group",
+    ),
+    Seam(
         "megatron.core.dist_checkpointing.load",
         "is asked for alphas in the shape that older checkpoints hold",
         "sharded_state_dict checkpoint_dir",

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import megatron.core.datasets.utils
+import megatron.core.distributed.distributed_data_parallel
 import megatron.core.optimizer
 import megatron.core.optimizer.distrib_optimizer
 import megatron.training.ft_integration
 import megatron.training.global_vars
 import megatron.training.training
+import torch
 from megatron.core.optimizer import OptimizerConfig, ParamKey
 
 from megatron_xielu.errors import UserError
@@ -49,6 +51,14 @@ def skip_dataset_helper_build() -> None:
 
 def _helpers_are_built() -> None:
     return None
+
+
+def mend_optimizers() -> None:
+    """All repairs of Megatron's optimizers and their checkpoints; before the model is built."""
+    use_group_step_adamw()
+    save_padded_buckets_right()
+    load_across_expert_optimizers()
+    keep_types_apart_on_gloo()
 
 
 def use_group_step_adamw() -> None:
@@ -109,6 +119,25 @@ def load_across_expert_optimizers() -> None:
     optimizer.load_state_dict = matched
 
 
+def keep_types_apart_on_gloo() -> None:
+    """Let no bucket group hold parameters of two types where gloo gathers them.
+
+    torch 2.13's gloo gives wrong values from a coalesced all-gather of tensors of several types,
+    and a virtual pipeline puts all of a chunk's buckets into one group, which
+    `megatron.core.distributed.distributed_data_parallel.partition_buckets` gathers so: bf16 weights
+    and fp32 alphas. NCCL gathers each with its own type.
+    """
+
+    def apart(partition: Callable[..., Any]) -> Callable[..., Any]:
+        def partitioned(buffers: Any, force_single_bucket_group: bool = False, **flags: Any) -> Any:
+            on_gloo = torch.distributed.get_backend() == "gloo"
+            return partition(buffers, force_single_bucket_group and not on_gloo, **flags)
+
+        return partitioned
+
+    wrap(megatron.core.distributed.distributed_data_parallel, "partition_buckets", apart)
+
+
 def group_alphas(lr_mult: float | None = None) -> None:
     """Give the alphas an optimizer parameter group of their own, and a learning rate.
 
@@ -129,7 +158,7 @@ def group_alphas(lr_mult: float | None = None) -> None:
 
     @functools.wraps(build)
     def with_alphas(args: Any) -> tuple[Any, dict[Any, Any]]:
-        _check_optimizer(args)
+        _check_optimizer_can_save(args)
         config, overrides = build(args)
         return config, {**(overrides or {}), **alpha_group(config, multiplier)}
 
@@ -149,20 +178,12 @@ def alpha_group(config: OptimizerConfig, multiplier: float = 1.0) -> dict[ParamK
     return {ParamKey(name="*.activation_func.alpha_*"): own}
 
 
-def _check_optimizer(args: Any) -> None:
+def _check_optimizer_can_save(args: Any) -> None:
     sharded = args.use_distributed_optimizer or args.use_megatron_fsdp or args.use_torch_fsdp2
     if (args.bf16 or args.fp16) and not sharded:
         raise UserError(
             "xIELU's alphas stay fp32 in a bf16 or fp16 model, and Megatron's plain optimizer "
             "cannot save such a mixture: add --use-distributed-optimizer"
-        )
-    chunks = args.virtual_pipeline_model_parallel_size or 1
-    if (args.bf16 or args.fp16) and chunks > 1:
-        # found by `doctor --layouts`, cause unknown (docs/layouts.md)
-        raise UserError(
-            f"bf16 or fp16 with {chunks} virtual pipeline chunks per rank trains wrong parameters "
-            "with fp32 alphas in Megatron's distributed optimizer: leave out "
-            "--num-layers-per-virtual-pipeline-stage and its kin, or train in fp32"
         )
 
 

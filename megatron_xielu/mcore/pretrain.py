@@ -75,9 +75,7 @@ def pretrain(
     patches.skip_dataset_helper_build()
     refused = safe_load.enable()
     old_alphas.enable()
-    patches.use_group_step_adamw()
-    patches.save_padded_buckets_right()
-    patches.load_across_expert_optimizers()
+    patches.mend_optimizers()
     patches.group_alphas(alpha_lr_mult)
     preemption = Preemption(signals or StopSignals())
     # before the arguments are parsed: Megatron makes its own signal handler then

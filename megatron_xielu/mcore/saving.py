@@ -37,7 +37,6 @@ from megatron_xielu.mcore.observer import Listener, is_reporting_rank
 from megatron_xielu.mcore.preemption import Preemption
 from megatron_xielu.mcore.shard_file import ShardFile
 
-LATEST = "latest_checkpointed_iteration.txt"
 _UNKNOWN = "a rank could not write; the logs say why"
 
 
@@ -243,8 +242,9 @@ class Saving:
             if left := self._on_rank_0(lambda: self.store.prune(step)):
                 print(f"older checkpoints could not be removed: {left}", flush=True)
             if self._tell_wandb is not None and is_reporting_rank():
-                path, tracker = self.store.path(step), self.store.folder / LATEST
-                self._tell_wandb(str(path), str(tracker), str(self.store.folder), step)
+                folder = str(self.store.folder)
+                tracker = megatron.training.checkpointing.get_checkpoint_tracker_filename(folder)
+                self._tell_wandb(str(self.store.path(step)), tracker, folder, step)
             seconds = time.perf_counter() - self._began
             self.preemption.longest_publication = max(self.preemption.longest_publication, seconds)
             self.listener.saved(step=step, seconds=seconds)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -216,6 +217,9 @@ def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoRetur
 
 
 def _exit(code: int) -> NoReturn:
+    # torch's handler raises for a data loader's worker that was killed, which would keep this
+    # process from its end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Megatron's saving starts a process that would outlive this one: nothing is joined
     for child in multiprocessing.active_children():
         child.kill()

@@ -9,6 +9,7 @@ import pytest
 from checkpoint_layouts import recipe_of
 
 from megatron_xielu.checkpoint.run import _expected_arguments, check_arguments, open_run
+from megatron_xielu.checkpoint.store import LATEST
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, to_yaml
@@ -52,12 +53,12 @@ def test_nothing_saved_yet(tmp_path: Path) -> None:
 
 def test_tracker_without_its_step(copy_run: Callable[[str], Path]) -> None:
     folder = copy_run("gqa") / "checkpoints"
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / LATEST
     tracker.write_text("300")
     with pytest.raises(UserError, match=r"iter_0000300 does not exist; saved there: iter_0000200"):
         open_run(folder)
     tracker.write_text("release")
-    with pytest.raises(UserError, match=r"says 'release', not a step number; saved there: iter_"):
+    with pytest.raises(UserError, match=r"says 'release' instead of a step number"):
         open_run(folder)
 
 

@@ -56,13 +56,11 @@ def test_a_covering_choice_of_layouts_agrees(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_layout_agrees(model: Model, tmp_path: Path) -> None:
-    # MoE on 4 ranks did not end within 14 minutes on two cores (docs/layouts.md)
-    nproc = 2 if model.experts else 4
-    run = doctor("--model", model.name, "--nproc", str(nproc), "--csv", str(tmp_path / "rows.csv"))
+    run = doctor("--model", model.name, "--csv", str(tmp_path / "rows.csv"))
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
     found = {row_key(row) for row in rows_of(tmp_path / "rows.csv")}
-    assert found == {case_key(case) for case in grid.full(nproc) if case.model == model}
+    assert found == {case_key(case) for case in grid.full(4) if case.model == model}
 
 
 def row_key(row: dict[str, str]) -> tuple[str, ...]:
@@ -123,7 +121,6 @@ def test_layouts_agree_on_gpus_with_nccl(tmp_path: Path) -> None:
         (Layout(pp=2, vpp=2), Model("hybrid", kind="hybrid"), "knows no virtual pipeline"),
         (Layout(tp=2, sp=True), Model("MTP", mtp=True), "refuse SP without TransformerEngine"),
         (Layout(bf16=True), DENSE, "plain optimizer cannot save"),
-        (Layout(pp=2, vpp=2, bf16=True, distributed=True), DENSE, "leaves parameters of a chunk"),
         (Layout(bf16=True, distributed=True), MOE, "sends tokens to other experts"),
     ],
     ids=str,
@@ -139,7 +136,7 @@ def test_each_illegal_combination_has_its_reason(layout: Layout, model: Model, r
     ("layout", "model"),
     [
         (Layout(), DENSE),
-        (Layout(tp=2, pp=2, vpp=2, sp=True, distributed=True), DENSE),
+        (Layout(tp=2, pp=2, vpp=2, sp=True, distributed=True, bf16=True), DENSE),
         (Layout(tp=4, sp=True), DENSE),
         (Layout(dp=2, distributed=True, overlap=True, bf16=True), DENSE),
         (Layout(dp=2, ep=2), MOE),

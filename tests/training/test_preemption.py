@@ -30,6 +30,9 @@ def started(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
+        if process.poll() is None:
+            for rank in ranks_of(process.pid).values():
+                os.kill(rank, signal.SIGKILL)
         process.kill()
 
 

@@ -265,13 +265,6 @@ def test_an_activation_kernel_that_this_machine_has_not(data_dir: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_layout_that_is_known_to_train_wrongly(data_dir: Path, tmp_path: Path) -> None:
-    cut = ["parallel.pipeline_model_parallel_size=2", "training.precision=bf16"]
-    flags = ["--num-layers-per-virtual-pipeline-stage", "1"]
-    message = refused(command(tmp_path / "run", data_dir, *cut, flags=flags))
-    assert "with 2 virtual pipeline chunks per rank trains wrong parameters" in message
-
-
 def test_missing_and_truncated_data(own_data: Path, tmp_path: Path) -> None:
     message = refused(command(tmp_path / "run", tmp_path / "nowhere"))
     assert f"no data folder at {tmp_path / 'nowhere'}" in message
@@ -410,7 +403,11 @@ def ranks_of(launcher: int) -> dict[int, int]:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     found = {}
     for pid in children:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            # torchrun has other children too, which come and go
+            continue
         rank = dict(v.split(b"=", 1) for v in variables if b"=" in v).get(b"RANK")
         if rank is not None:
             found[int(rank)] = int(pid)

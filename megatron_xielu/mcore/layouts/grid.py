@@ -129,11 +129,6 @@ def why_not(layout: Layout, model: Model, nproc: int) -> str | None:
             "Megatron's plain optimizer cannot save fp32 alphas of a bf16 model",
         ),
         (
-            layout.bf16 and layout.vpp > 1,
-            "fp32 alphas in a bf16 model under VPP DISAGREE: the first step leaves parameters of a "
-            "chunk wrong (Megatron's distributed optimizer; not repaired)",
-        ),
-        (
             layout.bf16 and model.experts,
             "rounding to bf16 sends tokens to other experts, which no spread of roundings bounds",
         ),

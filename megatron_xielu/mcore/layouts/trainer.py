@@ -61,6 +61,7 @@ class Trainer:
     def __init__(self, model: Model, layout: Layout, micro_batches: int = MICRO_BATCHES) -> None:
         self.layout = layout
         self.micro_batch = GLOBAL_BATCH // layout.dp // micro_batches
+        patches.mend_optimizers()
         self.config, self.chunks = models.build(model, layout)
         self.optimizer, self.scheduler = _optimizer(layout, self.chunks)
         self._connect()
@@ -76,8 +77,9 @@ class Trainer:
     def close(self) -> None:
         """Let the model go; its groups' threads end with it."""
         for chunk in self.chunks:
-            # a cycle through autograd's C++ side, which Python's collector does not see
-            chunk.grad_accs.clear()
+            # the wrapper and the graphs that a token dispatcher keeps hold each other through
+            # autograd's C++ side, which Python's collector does not see
+            chunk.__dict__.clear()
 
     def step(self, tokens: Tensor) -> Step:
         """One optimizer step on a whole batch.
@@ -214,9 +216,6 @@ def batch(step: int) -> Tensor:
 
 
 def _optimizer(layout: Layout, chunks: list[Any]) -> tuple[Any, OptimizerParamScheduler]:
-    patches.use_group_step_adamw()
-    patches.save_padded_buckets_right()
-    patches.load_across_expert_optimizers()
     config = OptimizerConfig(
         optimizer="adam",
         lr=LEARNING_RATE,
