@@ -398,6 +398,33 @@ def test_a_killed_rank_ends_the_run_with_its_name(data_dir: Path, tmp_path: Path
     assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
 
 
+def test_a_rank_ends_when_its_data_workers_die_before_it() -> None:
+    program = """
+import time
+from torch.utils.data import DataLoader
+from megatron_xielu.training import pretrain
+active = pretrain.multiprocessing.active_children
+class Slow:
+    def __init__(self, child):
+        self.child = child
+    def kill(self):
+        self.child.kill()
+        time.sleep(0.5)
+pretrain.multiprocessing.active_children = lambda: map(Slow, active())
+batches = iter(DataLoader(range(8), num_workers=1))
+next(batches)
+pretrain._exit(3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+
+
 def ranks_of(launcher: int) -> dict[int, int]:
     """The process ids of a launcher's ranks, by rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -454,7 +481,7 @@ def test_ranks_end_with_their_launcher_and_the_folder_is_locked_until_then(
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert latest(folder) >= 3
 
 
