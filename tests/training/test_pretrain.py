@@ -481,7 +481,7 @@ def test_ranks_end_with_their_launcher_and_the_folder_is_locked_until_then(
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
         assert time.monotonic() < deadline
-        time.sleep(0.5)
+        time.sleep(0.1)
     assert latest(folder) >= 3
 
 
