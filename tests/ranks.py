@@ -13,8 +13,13 @@ from torch.distributed import TCPStore
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_ranks(program: Path, arguments: Sequence[str], nproc: int, timeout: float = 300) -> None:
-    """Run `python PROGRAM ARGUMENTS` as `nproc` ranks; a failing rank's output is the error."""
+def run_ranks(
+    program: Path, arguments: Sequence[str], nproc: int, timeout: float = 300, **variables: object
+) -> None:
+    """Run `python PROGRAM ARGUMENTS` as `nproc` ranks; a failing rank's output is the error.
+
+    `variables` are put into the ranks' environment.
+    """
     # served here, because a port that rank 0 were to open later may be taken then
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
@@ -28,6 +33,7 @@ def run_ranks(program: Path, arguments: Sequence[str], nproc: int, timeout: floa
                 MASTER_PORT=store.port,
                 TORCHELASTIC_USE_AGENT_STORE=True,
                 TORCHELASTIC_RESTART_COUNT=0,
+                **variables,
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -115,6 +115,7 @@ def install(model: nn.Module) -> nn.Module:
     for mlp in model.modules():
         if isinstance(mlp, MLP) and isinstance(mlp.activation_func, XIELUPlaceholder):
             mlp.activation_func = _build(mlp, is_expert=id(mlp) in experts)
+            _use_fused_operation(mlp)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):
             raise RuntimeError(
@@ -140,6 +141,15 @@ def _build(mlp: MLP, *, is_expert: bool) -> ParallelXIELU:
         # false for experts spread over ranks: data parallelism must not average different experts
         alpha.allreduce = getattr(mlp.linear_fc1.weight, "allreduce", True)  # type: ignore[attr-defined]
     return module
+
+
+def _use_fused_operation(mlp: MLP) -> None:
+    # by name: the class exists where TransformerEngine is installed only
+    if type(mlp).__name__ == "TEFusedMLP":
+        from megatron_xielu.mcore.te_fused_mlp import XIELUFusedMLP
+
+        # Megatron's spec and a user's own name the class themselves
+        mlp.__class__ = XIELUFusedMLP
 
 
 def installed_activations(model: nn.Module) -> dict[int, list[ParallelXIELU]]:

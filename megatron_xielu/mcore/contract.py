@@ -344,6 +344,66 @@ SEAMS = (
     ),
 )
 
+_TE = "transformer_engine.pytorch"
+# what is there where TransformerEngine is installed only
+TRANSFORMER_ENGINE_SEAMS = (
+    Seam(
+        "megatron.core.extensions.transformer_engine.TEFusedMLP._make_activation_op",
+        "is where xIELU enters the fused MLP",
+        "self activation_func gated_linear_unit cache_quantized_input",
+    ),
+    Seam(
+        "megatron.core.extensions.transformer_engine.TEFusedMLP._make_fused_impl",
+        "puts the activation between two linears",
+        source="op = self._make_activation_op(",
+    ),
+    Seam(
+        f"{_TE}.ops.op.BasicOperation.op_forward",
+        "computes xIELU and tells what reads it next",
+        "self ctx input_ prev_op_grad_output_quantizer next_op_input_quantizer",
+    ),
+    Seam(
+        f"{_TE}.ops.op.BasicOperation.op_backward",
+        "computes xIELU's gradients",
+        "self ctx grad_output",
+    ),
+    Seam(
+        f"{_TE}.ops.BasicLinear._functional_forward",
+        "takes an input that is FP8 already, and keeps its transpose alone",
+        source="x_local.update_usage(rowwise_usage=False, columnwise_usage=True)",
+    ),
+    Seam(
+        f"{_TE}.ops.BasicLinear._functional_backward",
+        "takes a gradient that is FP8 already",
+        source="dy_local.update_usage(",
+    ),
+    Seam(
+        f"{_TE}.quantized_tensor.Quantizer.make_empty",
+        "allocates what the kernels write",
+        "self shape dtype device",
+    ),
+    Seam(
+        f"{_TE}.Float8Quantizer.copy",
+        "has the scale and the amax of delayed scaling",
+        source="amax=self.amax",
+    ),
+    Seam(
+        f"{_TE}.Float8CurrentScalingQuantizer.copy",
+        "says how a scale is rounded and whether ranks share an amax",
+        source="with_amax_reduction=self.with_amax_reduction",
+    ),
+    Seam(
+        f"{_TE}.Float8BlockQuantizer.inner_tensor_specs",
+        "names the tensors of blockwise scaling",
+        source="_columnwise_scale_inv",
+    ),
+    Seam(
+        f"{_TE}.quantization.FP8GlobalStateManager.get_fp8_recipe",
+        "says whether backward is computed in high precision",
+    ),
+    Seam(f"{_TE}.utils.clear_tensor_data", "frees xIELU's input"),
+)
+
 
 def check_version() -> None:
     """Raise UserError unless the installed Megatron-Core is one this was written against."""

@@ -1,6 +1,6 @@
 """Run functions of `checks` on this rank, with Megatron's groups ready: call.py TP OUT NAME ...
 
-Writes each check's traceback, or null, so that one process serves many tests.
+Writes each check's traceback, or what it measured, so that one process serves many tests.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_xielu.mcore import cpu_platform
-from tests.mcore import checks
+from tests.mcore import checks, te_checks
 
 
 def main(tp: str, out: str, *names: str) -> None:
@@ -26,14 +27,14 @@ def main(tp: str, out: str, *names: str) -> None:
 
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(int(tp))
-    results: dict[str, str | None] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in names:
         model_parallel_cuda_manual_seed(1)
         try:
-            getattr(checks, name)()
-            results[name] = None
+            check = getattr(checks, name, None) or getattr(te_checks, name)
+            results[name] = {"error": None, "measured": check()}
         except Exception:
-            results[name] = traceback.format_exc()
+            results[name] = {"error": traceback.format_exc()}
     Path(out, f"rank_{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 

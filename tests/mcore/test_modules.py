@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,44 +35,71 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_layers_get_xielu",
     "transformer_engine_checkpoints_have_the_local_ones_keys",
     "transformer_engine_experts_are_summed_over_their_own_group",
+    "transformer_engine_seams_hold",
+    "transformer_engine_fused_mlps_get_xielu",
+    "transformer_engine_writes_fp8_between_the_linears",
+    "transformer_engine_without_fp8_gets_bf16",
+    "transformer_engine_quantizers_of_other_kinds_work_by_themselves",
+    "transformer_engine_backward_in_high_precision_gets_bf16",
 )
+TRANSFORMER_ENGINE_TWO_RANKS = ("transformer_engine_sums_alphas_over_tensor_parallel_ranks",)
+Results = list[dict[str, dict[str, Any]]]
 TWO_RANKS = ("tensor_parallel_ranks_draw_different_weights",)
 
 
-def run_checks(folder: Path, names: Sequence[str], nproc: int) -> list[dict[str, str | None]]:
-    run_ranks(PROGRAM, [str(nproc), str(folder), *names], nproc)
+def run_checks(folder: Path, names: Sequence[str], nproc: int, **variables: object) -> Results:
+    run_ranks(PROGRAM, [str(nproc), str(folder), *names], nproc, **variables)
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(nproc)]
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run_checks(tmp_path_factory.mktemp("one"), ONE_RANK, 1)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run_checks(tmp_path_factory.mktemp("two"), TWO_RANKS, 2)
 
 
 @pytest.fixture(scope="module")
-def with_te(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+def with_te(tmp_path_factory: pytest.TempPathFactory) -> Results:
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("TransformerEngine is not installed")
-    return run_checks(tmp_path_factory.mktemp("te"), TRANSFORMER_ENGINE, 1)
+    # of the kernels' interpreter
+    return run_checks(tmp_path_factory.mktemp("te"), TRANSFORMER_ENGINE, 1, TRITON_INTERPRET=1)
+
+
+@pytest.fixture(scope="module")
+def with_te_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("TransformerEngine is not installed")
+    return run_checks(tmp_path_factory.mktemp("te2"), TRANSFORMER_ENGINE_TWO_RANKS, 2)
+
+
+def report(results: Results, check: str) -> None:
+    for rank in results:
+        assert rank[check]["error"] is None, rank[check]["error"]
+    print(results[0][check]["measured"])
 
 
 @pytest.mark.te
 @pytest.mark.parametrize("check", TRANSFORMER_ENGINE)
-def test_with_transformer_engine(check: str, with_te: list[dict[str, str | None]]) -> None:
-    assert with_te[0][check] is None, with_te[0][check]
+def test_with_transformer_engine(check: str, with_te: Results) -> None:
+    report(with_te, check)
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("check", TRANSFORMER_ENGINE_TWO_RANKS)
+def test_with_transformer_engine_on_two_ranks(check: str, with_te_on_two_ranks: Results) -> None:
+    report(with_te_on_two_ranks, check)
 
 
 @pytest.mark.parametrize("check", ONE_RANK)
-def test_on_one_rank(check: str, one_rank: list[dict[str, str | None]]) -> None:
-    assert one_rank[0][check] is None, one_rank[0][check]
+def test_on_one_rank(check: str, one_rank: Results) -> None:
+    report(one_rank, check)
 
 
 @pytest.mark.parametrize("check", TWO_RANKS)
-def test_on_two_tensor_parallel_ranks(check: str, two_ranks: list[dict[str, str | None]]) -> None:
-    for rank in two_ranks:
-        assert rank[check] is None, rank[check]
+def test_on_two_tensor_parallel_ranks(check: str, two_ranks: Results) -> None:
+    report(two_ranks, check)

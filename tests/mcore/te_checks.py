@@ -1,0 +1,457 @@
+"""xIELU between the linears of TransformerEngine's operation fuser, on a CPU (TRITON_INTERPRET=1).
+
+TransformerEngine's own fuser, linears, recipes, quantizers and tensors run. Stood in for are what
+needs a GPU: the GEMM, the cast that a quantizer launches and the allocation that asks the driver,
+by float64 and the oracle of tests/ops; and the last rounding to FP8, which the interpreter of
+Triton does not do as GPUs do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from megatron_xielu.ops.reference import REFERENCES
+from megatron_xielu.ops.triton import quantized
+from megatron_xielu.ops.triton.quantized import Blockwise, Delayed
+from tests.ops.triton_quantized_interpreted import (
+    EPS,
+    amax_of,
+    block_oracle,
+    compare,
+    fp8,
+    largest,
+)
+
+# neither tokens nor columns are multiples of a block
+TOKENS, HIDDEN, FFN = (17, 8), 32, 144
+BETA = 0.5
+
+
+class Gemm(NamedTuple):
+    """One product that a linear asked for."""
+
+    layout: str
+    a: Any
+    b: Any
+    result: Tensor
+
+
+class Fuser:
+    """fc1, xIELU and fc2, with what passed between them."""
+
+    def __init__(self, recipe: Any) -> None:
+        from transformer_engine.pytorch import ops
+
+        from megatron_xielu.mcore.activation import ParallelXIELU, XIELUPlaceholder
+        from megatron_xielu.mcore.te_fused_mlp import XIELUOp
+
+        torch.manual_seed(1)
+        self.recipe = recipe
+        self.gemms: list[Gemm] = []
+        self.cast: list[Any] = []
+        self.held = 0
+        half = {"device": "cpu", "dtype": torch.bfloat16}
+        self.activation = ParallelXIELU(
+            XIELUPlaceholder(), torch.distributed.group.WORLD, sequence_parallel=False
+        )
+        self.fc1 = ops.BasicLinear(HIDDEN, FFN, **half)
+        self.fc2 = ops.BasicLinear(FFN, HIDDEN, **half)
+        with torch.no_grad():
+            # so that xIELU's input covers both sides of zero
+            self.fc1.weight.copy_(0.5 * torch.randn(FFN, HIDDEN))
+            self.activation.alpha_p.fill_(0.3)
+            self.activation.alpha_n.fill_(-0.4)
+        self.xielu = XIELUOp(self.activation)
+        self.mlp = ops.Sequential(self.fc1, self.xielu, self.fc2)
+        self.x = torch.randn(*TOKENS, HIDDEN).bfloat16().requires_grad_()
+
+    def run(self) -> None:
+        """Forward and backward, afresh."""
+        import transformer_engine.pytorch as te
+
+        self.gemms.clear()
+        self.cast.clear()
+        self.held = 0
+        wide = TOKENS[0] * TOKENS[1] * FFN
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.numel() == wide:
+                self.held += tensor.nbytes
+            return tensor
+
+        for alpha in self.xielu.alphas:
+            alpha.grad = None
+        with stood_in(self):
+            with (
+                te.autocast(enabled=self.recipe is not None, recipe=self.recipe),
+                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            ):
+                y = self.mlp(self.x)
+            y.backward(torch.randn_like(y))
+
+    def between(self) -> dict[str, Any]:
+        """By name: x and y of xIELU and their gradients, as the linears gave or took them."""
+        forward1, forward2, *rest = self.gemms
+        assert [gemm.layout for gemm in self.gemms] == ["TN", "TN", "NN", "NT", "NN", "NT"]
+        return {
+            "x": forward1.result,
+            "y": forward2.b,
+            "grad_y": rest[0].result,
+            "grad_x": rest[2].b,
+        }
+
+    def exact(self) -> dict[str, Any]:
+        """What they should be, in float64, as matrices, with the gradients of the alphas."""
+        found = self.between()
+        alphas = [alpha.detach().double().requires_grad_() for alpha in self.xielu.alphas]
+        x = found["x"].double().flatten(0, -2).requires_grad_()
+        y = REFERENCES["xielu"](x, *alphas, BETA)
+        grad_y = found["grad_y"].double().flatten(0, -2)
+        grad_x, *grads = torch.autograd.grad(y, (x, *alphas), grad_y)
+        return {"y": y.detach(), "grad_x": grad_x, "alphas": grads}
+
+
+@contextmanager
+def stood_in(fuser: Fuser) -> Iterator[None]:
+    from transformer_engine.pytorch import quantization, utils
+    from transformer_engine.pytorch import tensor as te_tensor
+    from transformer_engine.pytorch.ops.basic import basic_linear
+    from transformer_engine.pytorch.tensor.storage import (
+        float8_blockwise_tensor_storage,
+        float8_tensor_storage,
+    )
+
+    def gemm(a: Any, b: Any, *, out_dtype: Any, layout: str = "TN", **_: Any) -> tuple[Any, ...]:
+        # FP8 multiplies along the contiguous dimension, which decides the data that is read
+        first, second = plain(a, by_row=layout == "TN"), plain(b, by_row=layout != "NT")
+        if layout == "NT":
+            result = second.T @ first
+        else:
+            result = (second @ (first.T if layout == "TN" else first)).unflatten(0, TOKENS)
+        result = result.to(out_dtype)
+        fuser.gemms.append(Gemm(layout, snapshot(a), snapshot(b), result.clone()))
+        return (result,)
+
+    def quantize(quantizer: Any, tensor: Tensor) -> Any:
+        fuser.cast.append(quantizer)
+        return by_oracle(quantizer, tensor.detach().double().flatten(0, -2), tensor)
+
+    kinds = (
+        te_tensor.Float8Quantizer,
+        te_tensor.Float8CurrentScalingQuantizer,
+        te_tensor.Float8BlockQuantizer,
+    )
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(patch.object(basic_linear, "general_gemm", gemm))
+        for module in (utils, float8_tensor_storage, float8_blockwise_tensor_storage):
+            # what is put in the place of data that is let go is on the GPU
+            enter(patch.object(module, "_empty_tensor", torch.Tensor))
+        for kind in kinds:
+            enter(patch.object(kind, "quantize_impl", quantize))
+        for kind in kinds[:2]:
+            enter(patch.object(kind, "make_empty", make_empty))
+        enter(patch.object(quantization, "_FP8_SUPPORT", (True, "")))
+        enter(patch.object(quantization, "_FP8_BLOCK_SCALING_SUPPORT", (True, "")))
+        update = "reduce_and_update_fp8_tensors"
+        enter(patch.object(quantization.FP8GlobalStateManager, update, lambda *_, **__: None))
+        for name in ("forward", "backward"):
+            enter(patch.object(quantized, name, rounded_in_torch(getattr(quantized, name))))
+        yield
+
+
+def plain(tensor: Any, *, by_row: bool) -> Tensor:
+    """A matrix in float64, from the one of its two copies that is named."""
+    if isinstance(tensor, Tensor):
+        return tensor.detach().double().flatten(0, -2)
+    by_row_data, by_column_data, scale_inv, scale_inv_t = parts(tensor)
+    data, inverse = (by_row_data, scale_inv) if by_row else (by_column_data, scale_inv_t)
+    assert data is not None, f"the {'rowwise' if by_row else 'columnwise'} data is missing"
+    values = data.double()
+    if inverse.numel() == 1:
+        values = values * inverse.double()
+    else:
+        square = tensor._is_2D_scaled
+        spread = (inverse if square else inverse.T).double().repeat_interleave(128, 1)
+        if square:
+            spread = spread.repeat_interleave(128, 0)
+        values = values * spread[: values.shape[0], : values.shape[1]]
+    return values if by_row else values.T
+
+
+def parts(tensor: Any) -> tuple[Any, Any, Tensor, Tensor]:
+    """FP8 data as matrices, by row and transposed, and what to multiply each with."""
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
+
+    dtype = TE_DType_To_Torch[tensor._fp8_dtype]
+    if hasattr(tensor, "_data"):
+        row, column = tensor._data, None if tensor._transpose_invalid else tensor._transpose
+        inverses = tensor._scale_inv, tensor._scale_inv
+    else:
+        row, column = tensor._rowwise_data, tensor._columnwise_data
+        inverses = tensor._rowwise_scale_inv, tensor._columnwise_scale_inv
+    row = None if row is None else row.view(dtype).flatten(0, -2)
+    column = None if column is None else column.view(dtype).flatten(1)
+    return row, column, *inverses
+
+
+def snapshot(tensor: Any) -> Any:
+    """A copy: the linears drop data that they no longer need."""
+    if isinstance(tensor, Tensor):
+        return tensor.detach().clone()
+    copied = [None if part is None else part.clone() for part in parts(tensor)]
+    return type(tensor).__name__, copied
+
+
+def make_empty(quantizer: Any, shape: Any, *, dtype: Any, device: Any) -> Any:
+    """As a quantizer with one scale allocates on Hopper."""
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    assert quantizer.internal, "a linear's quantizer makes tensors without autograd"
+    data = torch.empty(*shape, dtype=torch.uint8)
+    transpose = torch.empty(shape[-1], *shape[:-1], dtype=torch.uint8)
+    return Float8TensorStorage(
+        data=data if quantizer.rowwise_usage else None,
+        data_transpose=transpose if quantizer.columnwise_usage else None,
+        fp8_scale_inv=torch.empty(1),
+        fp8_dtype=quantizer.dtype,
+        fake_dtype=dtype,
+        quantizer=quantizer,
+    )
+
+
+def by_oracle(quantizer: Any, values: Tensor, like: Tensor) -> Any:
+    """What a quantizer makes of float64 values [M, K], in the tensors that it would return."""
+    from megatron_xielu.mcore.te_fused_mlp import scaling_of
+
+    result = quantizer.make_empty(like.shape, dtype=like.dtype, device="cpu")
+    own = copy(quantizer)
+    # a test's subclass of it is for ours to refuse
+    own.__class__ = next(kind for kind in type(own).__mro__ if kind.__module__ != __name__)
+    scaling = scaling_of(own, like)
+    assert scaling is not None
+    row, column, scale_inv, scale_inv_t = parts(result)
+    for data, matrix, inverse in ((row, values, scale_inv), (column, values.T, scale_inv_t)):
+        if data is None:
+            continue
+        if isinstance(scaling, Blockwise):
+            scale, inverted = block_oracle(matrix, scaling)
+            inverse.copy_(inverted)
+        elif isinstance(scaling, Delayed):
+            scale = scaling.scale.double()
+            inverse.copy_(1 / scaling.scale)
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax_of(matrix).max().float()))
+        else:
+            amax = amax_of(matrix).max().float().clamp(min=scaling.epsilon)
+            single = largest(scaling.dtype) / amax
+            inverse.copy_(1 / single)
+            scale = single.double()
+        data.copy_(fp8(matrix * scale, scaling.dtype).to(scaling.dtype))
+    return result
+
+
+def rounded_in_torch(kernel: Any) -> Any:
+    """Our kernel, storing float32, with the rounding to FP8 that the interpreter gets wrong."""
+
+    def run(*arguments: Any) -> Any:
+        *rest, out = arguments
+        wide = {
+            name: torch.empty(data.shape)
+            for name in ("rowwise", "columnwise")
+            if (data := getattr(out, name)) is not None
+        }
+        result = kernel(*rest, out._replace(**wide))
+        for name, values in wide.items():
+            dtype = rest[-1].dtype
+            getattr(out, name).view(dtype).copy_(fp8(values.double(), dtype).to(dtype))
+        return result
+
+    return run
+
+
+def check_against_oracle(name: str, found: Any, exact: Tensor, scaling: Any) -> int:
+    """Every byte, in both orientations; how many are only within float32 round-off of a tie."""
+    _, (row, column, scale_inv, scale_inv_t) = found
+    # the terms of xIELU and of its slope are a few times as large as their sum here
+    slack = 16 * EPS * (exact.abs() + 1)
+    off = 0
+    for data, values, room, inverse in (
+        (row, exact, slack, scale_inv),
+        (column, exact.T, slack.T, scale_inv_t),
+    ):
+        if isinstance(scaling, Blockwise):
+            scale, expected = block_oracle(values, scaling)
+            assert torch.equal(inverse.double(), expected), f"{name}: scales"
+        elif isinstance(scaling, Delayed):
+            assert torch.equal(inverse, 1 / scaling.scale.reshape(1)), f"{name}: scale"
+            scale = scaling.scale.double()
+        else:
+            single = largest(scaling.dtype).double() / amax_of(exact).max()
+            torch.testing.assert_close(inverse.double(), 1 / single, rtol=8 * EPS, atol=0)
+            scale, room = 1 / inverse.double(), room + 8 * EPS * values.abs()
+        off += compare(data, values, room, scale, scaling.dtype)
+    return off
+
+
+def recipe(name: str) -> Any:
+    from transformer_engine.common import recipe as recipes
+
+    return {
+        "delayed": recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID),
+        "tensorwise": recipes.Float8CurrentScaling(fp8_format=recipes.Format.HYBRID),
+        "blockwise": recipes.Float8BlockScaling(fp8_format=recipes.Format.E4M3),
+    }[name]
+
+
+def transformer_engine_writes_fp8_between_the_linears() -> dict[str, float]:
+    """What fc2 reads and what fc1's gradients are computed from, byte by byte, in each recipe."""
+    from megatron_xielu.mcore.te_fused_mlp import scaling_of
+
+    counts: dict[str, float] = {}
+    for name in ("delayed", "tensorwise", "blockwise"):
+        fuser = Fuser(recipe(name))
+        fuser.run()
+        ours = fuser.fc2.get_quantizer("forward", 0), fuser.fc1.get_quantizer("backward", 0)
+        if name == "delayed":
+            # as a history of smaller tensors would have chosen them: some values saturate
+            for quantizer, scale in zip(ours, (31.3, 9000.0), strict=True):
+                quantizer.scale.fill_(scale)
+                quantizer.amax.zero_()
+            fuser.run()
+        found, exact = fuser.between(), fuser.exact()
+        assert not any(quantizer is own for quantizer in fuser.cast for own in ours)
+        # x, both weights and the gradient of fc2's output are left to TransformerEngine
+        assert len(fuser.cast) == 4
+        off = 0
+        for what, quantizer in zip(("y", "grad_x"), ours, strict=True):
+            scaling = scaling_of(quantizer, fuser.x)
+            off += check_against_oracle(f"{name}: {what}", found[what], exact[what], scaling)
+            if name == "delayed":
+                amax = amax_of(exact[what]).max()
+                torch.testing.assert_close(quantizer.amax.double()[0], amax, rtol=8 * EPS, atol=0)
+                assert amax * quantizer.scale > largest(scaling.dtype)
+        check_alphas(fuser, exact["alphas"])
+        elements = 4 * exact["y"].numel()
+        counts[f"{name}: bytes within round-off of a tie, of {elements}"] = off
+        assert off <= 1e-3 * elements
+        # the input of xIELU in bf16, and its output transposed in FP8
+        held = fuser.held / exact["y"].numel()
+        counts[f"{name}: bytes held per element"] = held
+        assert held == 3
+    return counts
+
+
+def transformer_engine_without_fp8_gets_bf16() -> dict[str, float]:
+    fuser = Fuser(None)
+    fuser.run()
+    found, exact = fuser.between(), fuser.exact()
+    assert not fuser.cast
+    for what in ("y", "grad_x"):
+        assert found[what].dtype == torch.bfloat16
+        # rounded once
+        torch.testing.assert_close(
+            found[what].double().flatten(0, -2), exact[what], rtol=2**-8, atol=1e-6
+        )
+    check_alphas(fuser, exact["alphas"])
+    held = fuser.held / exact["y"].numel()
+    assert held == 4
+    return {"bytes held per element": held}
+
+
+def transformer_engine_quantizers_of_other_kinds_work_by_themselves() -> None:
+    """A quantizer that we have no kernel for gets bf16, and a warning says so."""
+    from transformer_engine.pytorch.tensor import Float8CurrentScalingQuantizer
+
+    class Custom(Float8CurrentScalingQuantizer):
+        pass
+
+    fuser = Fuser(recipe("tensorwise"))
+    fuser.run()
+    for linear, mode in ((fuser.fc2, "forward"), (fuser.fc1, "backward")):
+        linear.get_quantizer(mode, 0).__class__ = Custom
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        fuser.run()
+    (warning,) = said
+    assert "no kernel that writes xIELU as a Custom does" in str(warning.message)
+    # fc2's input and the gradient of fc1's output now too
+    assert len(fuser.cast) == 6
+    assert sum(type(quantizer) is Custom for quantizer in fuser.cast) == 2
+    check_alphas(fuser, fuser.exact()["alphas"])
+
+
+def transformer_engine_backward_in_high_precision_gets_bf16() -> None:
+    from transformer_engine.common import recipe as recipes
+
+    fuser = Fuser(recipes.Float8CurrentScaling(backward_override="high_precision"))
+    fuser.run()
+    found = fuser.between()
+    assert isinstance(found["grad_x"], Tensor)
+    assert found["grad_x"].dtype == torch.bfloat16
+    own = fuser.fc2.get_quantizer("forward", 0)
+    assert any(quantizer is own for quantizer in fuser.cast)
+
+
+def transformer_engine_sums_alphas_over_tensor_parallel_ranks() -> None:
+    fuser = Fuser(None)
+    assert fuser.xielu.tp_group is not None
+    rank = torch.distributed.get_rank()
+    with torch.no_grad():
+        fuser.x.mul_(1 + rank)
+    fuser.run()
+    exact = torch.stack(fuser.exact()["alphas"])
+    alone = exact.clone()
+    torch.distributed.all_reduce(exact)
+    assert not torch.allclose(alone, exact, rtol=1e-2)
+    check_alphas(fuser, list(exact.unbind()))
+
+
+def check_alphas(fuser: Fuser, exact: list[Tensor]) -> None:
+    for alpha, expected in zip(fuser.xielu.alphas, exact, strict=True):
+        assert alpha.grad is not None
+        assert alpha.grad.dtype == torch.float32
+        torch.testing.assert_close(alpha.grad.double(), expected, rtol=1e-5, atol=0)
+
+
+def transformer_engine_seams_hold() -> int:
+    from megatron_xielu.mcore import contract
+
+    seams = contract.TRANSFORMER_ENGINE_SEAMS
+    problems = [problem for seam in seams if (problem := contract.problem_with(seam))]
+    assert not problems, "\n".join(problems)
+    return len(seams)
+
+
+def transformer_engine_fused_mlps_get_xielu() -> None:
+    """Megatron's op-fuser MLPs, which save what the local ones do."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from transformer_engine.pytorch import ops
+
+    from megatron_xielu.mcore.te_fused_mlp import XIELUFusedMLP, XIELUOp
+    from tests.mcore.checks import build, config
+
+    fused = {"transformer_impl": "transformer_engine", "use_transformer_engine_op_fuser": True}
+    model = build(config(**fused))
+    mlps = [module for module in model.modules() if isinstance(module, XIELUFusedMLP)]
+    assert len(mlps) == 3
+    for mlp in mlps:
+        kinds = [type(op) for op in mlp._make_fused_impl()]
+        assert kinds == [ops.RMSNorm, ops.BasicLinear, XIELUOp, ops.BasicLinear]
+        _, fc1, op, fc2 = mlp._make_fused_impl()
+        assert op.alpha_p is mlp.activation_func.alpha_p
+        assert list(op.parameters()) == [*mlp.activation_func.parameters()]
+        assert (fc1.weight, fc2.weight) == (mlp.linear_fc1.weight, mlp.linear_fc2.weight)
+    shapes = []
+    for each in (build(config()), model):
+        state = each.sharded_state_dict()
+        tensors = [value for value in state.values() if isinstance(value, ShardedTensor)]
+        shapes.append({tensor.key: tensor.global_shape for tensor in tensors})
+    assert shapes[0] == shapes[1]
