@@ -9,7 +9,7 @@ MLP that `install` did not reach cannot silently train another activation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -35,6 +35,10 @@ class XIELUPlaceholder:
     alpha_n_init: float = 0.8
     beta: float = 0.5
     impl: Impl = "auto"
+    recompute: bool = False
+    """Keep xIELU's output from forward to backward no longer than fc2 needs it."""
+    fc2_input: Literal["fp8", "bf16"] = "fp8"
+    """bf16: under FP8, xIELU's output and fc2's GEMM stay in bf16."""
 
     def __call__(self, x: Tensor) -> Tensor:
         raise RuntimeError(
@@ -69,6 +73,7 @@ class ParallelXIELU(XIELU):
     ) -> None:
         super().__init__(settings.alpha_p_init, settings.alpha_n_init, settings.beta, settings.impl)
         self.tp_group = tp_group
+        self.recompute, self.fc2_input = settings.recompute, settings.fc2_input
         summed_by_megatron = sequence_parallel and not is_expert
         self.sum_in_backward = tp_group.size() > 1 and not summed_by_megatron
         for alpha in (self.alpha_p, self.alpha_n):

@@ -402,6 +402,21 @@ TRANSFORMER_ENGINE_SEAMS = (
         "says whether backward is computed in high precision",
     ),
     Seam(f"{_TE}.utils.clear_tensor_data", "frees xIELU's input"),
+    Seam(
+        f"{_TE}.ops.register_forward_backward_fusion",
+        "puts xIELU and fc2 into one operation",
+        "op_fusion_func",
+    ),
+    Seam(
+        f"{_TE}.ops.BasicLinear.op_forward",
+        "saves its input first, and knows from the state whether FP8 is on",
+        source="ctx.save_for_backward(saved_input, saved_weight)",
+    ),
+    Seam(
+        f"{_TE}.ops.BasicLinear.op_backward",
+        "reads its input and weight from the context",
+        source="(x_local, w) = ctx.saved_tensors",
+    ),
 )
 
 

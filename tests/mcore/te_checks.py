@@ -9,7 +9,7 @@ Triton does not do as GPUs do.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any, NamedTuple
@@ -47,11 +47,11 @@ class Gemm(NamedTuple):
 class Fuser:
     """fc1, xIELU and fc2, with what passed between them."""
 
-    def __init__(self, recipe: Any) -> None:
+    def __init__(self, recipe: Any, **settings: Any) -> None:
         from transformer_engine.pytorch import ops
 
         from megatron_xielu.mcore.activation import ParallelXIELU, XIELUPlaceholder
-        from megatron_xielu.mcore.te_fused_mlp import XIELUOp
+        from megatron_xielu.mcore.te_fused_mlp import HighPrecisionLinear, XIELUOp
 
         torch.manual_seed(1)
         self.recipe = recipe
@@ -60,7 +60,7 @@ class Fuser:
         self.held = 0
         half = {"device": "cpu", "dtype": torch.bfloat16}
         self.activation = ParallelXIELU(
-            XIELUPlaceholder(), torch.distributed.group.WORLD, sequence_parallel=False
+            XIELUPlaceholder(**settings), torch.distributed.group.WORLD, sequence_parallel=False
         )
         self.fc1 = ops.BasicLinear(HIDDEN, FFN, **half)
         self.fc2 = ops.BasicLinear(FFN, HIDDEN, **half)
@@ -70,32 +70,41 @@ class Fuser:
             self.activation.alpha_p.fill_(0.3)
             self.activation.alpha_n.fill_(-0.4)
         self.xielu = XIELUOp(self.activation)
+        if self.activation.fc2_input == "bf16":
+            self.fc2.__class__ = HighPrecisionLinear
         self.mlp = ops.Sequential(self.fc1, self.xielu, self.fc2)
         self.x = torch.randn(*TOKENS, HIDDEN).bfloat16().requires_grad_()
+        self.grad_output = torch.randn(*TOKENS, HIDDEN).bfloat16()
+        self.elements = TOKENS[0] * TOKENS[1] * FFN
 
-    def run(self) -> None:
+    def run(self, before_backward: Callable[[Fuser], object] = id) -> None:
         """Forward and backward, afresh."""
         import transformer_engine.pytorch as te
 
         self.gemms.clear()
         self.cast.clear()
         self.held = 0
-        wide = TOKENS[0] * TOKENS[1] * FFN
 
         def pack(tensor: Tensor) -> Tensor:
-            if tensor.numel() == wide:
+            if tensor.numel() == self.elements:
                 self.held += tensor.nbytes
             return tensor
 
-        for alpha in self.xielu.alphas:
-            alpha.grad = None
+        self.mlp.zero_grad()
+        self.x.grad = None
         with stood_in(self):
             with (
                 te.autocast(enabled=self.recipe is not None, recipe=self.recipe),
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             ):
                 y = self.mlp(self.x)
-            y.backward(torch.randn_like(y))
+            before_backward(self)
+            y.backward(self.grad_output)
+
+    def grads(self) -> dict[str, Tensor]:
+        """Of the parameters and the input."""
+        named = {name: parameter.grad for name, parameter in self.mlp.named_parameters()}
+        return {**named, "x": self.x.grad}
 
     def between(self) -> dict[str, Any]:
         """By name: x and y of xIELU and their gradients, as the linears gave or took them."""
@@ -304,6 +313,8 @@ def check_against_oracle(name: str, found: Any, exact: Tensor, scaling: Any) -> 
 def recipe(name: str) -> Any:
     from transformer_engine.common import recipe as recipes
 
+    if name == "none":
+        return None
     return {
         "delayed": recipes.DelayedScaling(fp8_format=recipes.Format.HYBRID),
         "tensorwise": recipes.Float8CurrentScaling(fp8_format=recipes.Format.HYBRID),
@@ -343,7 +354,7 @@ def transformer_engine_writes_fp8_between_the_linears() -> dict[str, float]:
         counts[f"{name}: bytes within round-off of a tie, of {elements}"] = off
         assert off <= 1e-3 * elements
         # the input of xIELU in bf16, and its output transposed in FP8
-        held = fuser.held / exact["y"].numel()
+        held = fuser.held / fuser.elements
         counts[f"{name}: bytes held per element"] = held
         assert held == 3
     return counts
@@ -361,9 +372,56 @@ def transformer_engine_without_fp8_gets_bf16() -> dict[str, float]:
             found[what].double().flatten(0, -2), exact[what], rtol=2**-8, atol=1e-6
         )
     check_alphas(fuser, exact["alphas"])
-    held = fuser.held / exact["y"].numel()
+    held = fuser.held / fuser.elements
     assert held == 4
     return {"bytes held per element": held}
+
+
+def transformer_engine_recomputes_to_the_same_bits() -> dict[str, float]:
+    """The input of xIELU alone is held, and every gradient is as without recomputation."""
+    held = {}
+    for name in ("none", "delayed", "tensorwise", "blockwise"):
+        kept, recomputed = (Fuser(recipe(name), recompute=recompute) for recompute in (False, True))
+        for fuser in (kept, recomputed):
+            fuser.run()
+        assert torch.equal(kept.gemms[1].result, recomputed.gemms[1].result)
+        expected, found = kept.grads(), recomputed.grads()
+        assert expected.keys() == found.keys()
+        assert not [key for key in expected if not torch.equal(expected[key], found[key])]
+        if name == "delayed":
+            histories = [f.fc2.get_quantizer("forward", 0).amax for f in (kept, recomputed)]
+            assert torch.equal(*histories)
+        held[name] = recomputed.held / recomputed.elements
+        assert held[name] == 2
+    return held
+
+
+def transformer_engine_recomputes_with_the_scale_of_forward() -> None:
+    """Delayed scaling begins the next step's scales and history before backward."""
+
+    def update(fuser: Fuser) -> None:
+        quantizer = fuser.fc2.get_quantizer("forward", 0)
+        quantizer.scale.fill_(64.0)
+        quantizer.amax.zero_()
+
+    kept, recomputed = (Fuser(recipe("delayed"), recompute=flag) for flag in (False, True))
+    for fuser in (kept, recomputed):
+        fuser.run(before_backward=update)
+        assert fuser.fc2.get_quantizer("forward", 0).amax.item() == 0
+    assert torch.equal(kept.fc2.weight.grad, recomputed.fc2.weight.grad)
+
+
+def transformer_engine_keeps_fc2_in_bf16() -> None:
+    for recompute in (False, True):
+        fuser = Fuser(recipe("blockwise"), fc2_input="bf16", recompute=recompute)
+        fuser.run()
+        found, exact = fuser.between(), fuser.exact()
+        assert found["y"].dtype == torch.bfloat16
+        # x, fc1's weight
+        assert len(fuser.cast) == 2
+        (_, (row, *_)) = found["grad_x"]
+        assert row.dtype == torch.float8_e4m3fn
+        check_alphas(fuser, exact["alphas"])
 
 
 def transformer_engine_quantizers_of_other_kinds_work_by_themselves() -> None:
@@ -435,7 +493,8 @@ def transformer_engine_fused_mlps_get_xielu() -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
     from transformer_engine.pytorch import ops
 
-    from megatron_xielu.mcore.te_fused_mlp import XIELUFusedMLP, XIELUOp
+    from megatron_xielu.mcore.activation import XIELUPlaceholder
+    from megatron_xielu.mcore.te_fused_mlp import HighPrecisionLinear, XIELUFusedMLP, XIELUOp
     from tests.mcore.checks import build, config
 
     fused = {"transformer_impl": "transformer_engine", "use_transformer_engine_op_fuser": True}
@@ -449,6 +508,9 @@ def transformer_engine_fused_mlps_get_xielu() -> None:
         assert op.alpha_p is mlp.activation_func.alpha_p
         assert list(op.parameters()) == [*mlp.activation_func.parameters()]
         assert (fc1.weight, fc2.weight) == (mlp.linear_fc1.weight, mlp.linear_fc2.weight)
+    in_bf16 = config(**fused, activation_func=XIELUPlaceholder(fc2_input="bf16"))
+    *_, fc2 = build(in_bf16).decoder.layers[0].mlp._make_fused_impl()
+    assert type(fc2) is HighPrecisionLinear
     shapes = []
     for each in (build(config()), model):
         state = each.sharded_state_dict()
