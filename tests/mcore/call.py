@@ -19,7 +19,7 @@ from tests.mcore import checks, te_checks
 
 
 def main(tp: str, out: str, *names: str) -> None:
-    if not all(name.startswith("transformer_engine") for name in names):
+    if not all(name.startswith(("transformer_engine", "on_a_gpu")) for name in names):
         cpu_platform.hide_gpu_libraries()
     cpu_platform.enable()
     from megatron.core import parallel_state

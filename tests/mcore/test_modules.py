@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import run_ranks
 
@@ -77,6 +79,18 @@ def with_te_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("TransformerEngine is not installed")
     return run_checks(tmp_path_factory.mktemp("te2"), TRANSFORMER_ENGINE_TWO_RANKS, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.te
+def test_transformer_engine_on_a_gpu(tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("TransformerEngine is not installed")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("there is no GPU that computes every recipe in FP8")
+    check = "on_a_gpu_ours_is_what_the_quantizer_would_write"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    report(run_checks(tmp_path, [check], 1, CUDA_VISIBLE_DEVICES=visible), check)
 
 
 def report(results: Results, check: str) -> None:
