@@ -403,6 +403,34 @@ TRANSFORMER_ENGINE_SEAMS = (
     ),
     Seam(f"{_TE}.utils.clear_tensor_data", "frees xIELU's input"),
     Seam(
+        f"{_TE}.module.base.TransformerEngineBaseModule.get_extra_state",
+        "keeps the state of delayed scaling",
+        "self",
+        'state["amax_history_fwd"] = to_cpu(self.fp8_meta["scaling_fwd"].amax_history)',
+    ),
+    Seam(
+        f"{_TE}.module.base.TransformerEngineBaseModule.set_extra_state",
+        "takes the state of delayed scaling back",
+        "self state",
+        'self.init_fp8_meta_tensors(self.fp8_meta["recipe"])',
+    ),
+    Seam(
+        f"{_TE}.ops.op.BasicOperation.reset_recipe_state",
+        "keeps delayed scaling's state that is there before the first forward",
+        "self recipe",
+        "if not isinstance(recipe, type(recipe_state.recipe)):",
+    ),
+    Seam(
+        f"{_TE}.quantization.DelayedScalingRecipeState",
+        "has scales and histories",
+        source="amax_history: torch.Tensor",
+    ),
+    Seam(
+        f"{_TE}.quantization._update_amax_history",
+        "puts the newest amax at the end",
+        source="torch.roll(amax_history, -1, 0)",
+    ),
+    Seam(
         f"{_TE}.ops.register_forward_backward_fusion",
         "puts xIELU and fc2 into one operation",
         "op_fusion_func",

@@ -89,6 +89,10 @@ def pretrain(
     # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
     model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
     model.pre_wrap_hooks.append(install_on_chunks)
+    if args.transformer_impl == "transformer_engine":
+        from megatron_xielu.mcore import delayed_scaling
+
+        delayed_scaling.save_as_numbers()
     datasets = Datasets()
     observer = Observer(listener, datasets, preemption, evaluate_first=evaluate_first)
     observer.attach()

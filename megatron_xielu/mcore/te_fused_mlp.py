@@ -34,6 +34,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager, autoc
 from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
 from transformer_engine.pytorch.utils import clear_tensor_data
 
+from megatron_xielu.mcore import delayed_scaling
 from megatron_xielu.mcore.activation import ParallelXIELU
 from megatron_xielu.ops import library
 from megatron_xielu.ops.family import XIELU
@@ -50,10 +51,12 @@ class XIELUFusedMLP(TEFusedMLP):
 
     def _make_fused_impl(self) -> Sequential:
         operations = super()._make_fused_impl()
+        fc1, fc2 = (op for op in operations if isinstance(op, BasicLinear))
         if self.activation_func.fc2_input == "bf16":
-            *_, fc2 = (op for op in operations if isinstance(op, BasicLinear))
             # it has the weight and the options that Megatron gave it
             fc2.__class__ = HighPrecisionLinear
+        delayed_scaling.belongs_to(fc1, self.linear_fc1)
+        delayed_scaling.belongs_to(fc2, self.linear_fc2)
         return operations
 
 

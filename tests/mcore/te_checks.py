@@ -9,10 +9,12 @@ Triton does not do as GPUs do.
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -476,6 +478,135 @@ def check_alphas(fuser: Fuser, exact: list[Tensor]) -> None:
         assert alpha.grad is not None
         assert alpha.grad.dtype == torch.float32
         torch.testing.assert_close(alpha.grad.double(), expected, rtol=1e-5, atol=0)
+
+
+def transformer_engine_saves_delayed_scaling() -> dict[str, int]:
+    """Scales and histories of plain and fused linears go through a checkpoint, without a pickle."""
+    from megatron_xielu.mcore import delayed_scaling
+
+    delayed_scaling.save_as_numbers()
+    counts = {}
+    with tempfile.TemporaryDirectory() as scratch, no_pickle_of_te():
+        for number, (save_fused, load_fused) in enumerate(((1, 1), (1, 0), (0, 1))):
+            folder = Path(scratch, str(number))
+            folder.mkdir()
+            torch.manual_seed(number)
+            saved = fp8_model(fused=save_fused)
+            for _, state in states_of(saved):
+                state.scale.uniform_(1, 9)
+                state.amax_history.uniform_(1, 9)
+            dist_checkpointing_save(saved, folder)
+            loaded = fp8_model(fused=load_fused, ready=False)
+            dist_checkpointing_load(loaded, folder)
+            expected, found = dict(states_of(saved)), dict(states_of(loaded))
+            # 3 layers with 4 linears, forward and backward
+            assert expected.keys() == found.keys()
+            assert len(found) == 24
+            for key, state in found.items():
+                # an operation has no place for its output
+                n = min(len(state.scale), len(expected[key].scale))
+                assert torch.equal(state.scale[:n], expected[key].scale[:n])
+                assert torch.equal(state.amax_history[:, :n], expected[key].amax_history[:, :n])
+            counts[f"fused {save_fused} -> {load_fused}"] = len(found)
+        # a run that goes on in bf16, and one with a shorter history
+        plain = fp8_model(fused=False, ready=False, fp8=None)
+        dist_checkpointing_load(plain, folder)
+        assert not any("scaling_fwd" in linear.fp8_meta for linear in linears_of(plain))
+        shorter = fp8_model(fused=False, ready=False, fp8_amax_history_len=3)
+        dist_checkpointing_load(shorter, folder)
+        for key, state in states_of(shorter):
+            history = expected[key].amax_history
+            assert torch.equal(state.amax_history, history[[0, -2, -1]])
+    return counts
+
+
+def fp8_model(*, fused: bool, ready: bool = True, **changes: Any) -> Any:
+    """A model with delayed scaling; `ready` as after its first forward."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    from tests.mcore.checks import build, config
+
+    fields = {
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+        "fp8": "hybrid",
+        "fp8_recipe": "delayed",
+    }
+    fields |= {"fp8_amax_history_len": 5, "use_transformer_engine_op_fuser": bool(fused)}
+    model = build(config(transformer_impl="transformer_engine", **(fields | changes)))
+    if ready:
+        recipe = get_fp8_recipe(model.config)
+        for linear in linears_of(model):
+            linear.fp8_meta["num_gemms"] = 1
+            linear.init_fp8_meta_tensors(recipe)
+        for op in operations_of(model):
+            op.reset_recipe_state(recipe=recipe)
+    return model
+
+
+def linears_of(model: Any) -> list[Any]:
+    return [
+        linear
+        for layer in model.decoder.layers
+        for linear in (
+            layer.self_attention.linear_qkv,
+            layer.self_attention.linear_proj,
+            layer.mlp.linear_fc1,
+            layer.mlp.linear_fc2,
+        )
+    ]
+
+
+def operations_of(model: Any) -> list[Any]:
+    """The linears of fused MLPs, made as the first forward makes them."""
+    from transformer_engine.pytorch.ops import BasicLinear
+
+    from megatron_xielu.mcore.te_fused_mlp import XIELUFusedMLP
+
+    found = []
+    for layer in model.decoder.layers:
+        if isinstance(layer.mlp, XIELUFusedMLP):
+            if layer.mlp._fused_impl is None:
+                layer.mlp._fused_impl = (layer.mlp._make_fused_impl(),)
+            found += [op for op in layer.mlp._fused_impl[0] if isinstance(op, BasicLinear)]
+    return found
+
+
+def states_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """By name, the state that computes: in fused MLPs that of the operations."""
+    operations = operations_of(model)
+    for number, linear in enumerate(linears_of(model)):
+        metas = linear.fp8_meta
+        if operations and number % 4 >= 2:
+            own = operations[number // 4 * 2 + number % 4 - 2]._fp8_metas
+            metas = {"scaling_fwd": own["forward"]["scaling_fwd"]}
+            metas["scaling_bwd"] = own["backward"]["scaling_bwd"]
+        for key in ("scaling_fwd", "scaling_bwd"):
+            yield f"{number} {key}", metas[key]
+
+
+def dist_checkpointing_save(model: Any, folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+
+
+def dist_checkpointing_load(model: Any, folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
+    model.load_state_dict(state)
+
+
+@contextmanager
+def no_pickle_of_te() -> Iterator[None]:
+    from transformer_engine.pytorch.module import base
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the state was pickled")
+
+    with patch.object(base.pickle, "dumps", refuse), patch.object(base.pickle, "loads", refuse):
+        yield
 
 
 def on_a_gpu_ours_is_what_the_quantizer_would_write() -> dict[str, float]:

@@ -43,6 +43,7 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_without_fp8_gets_bf16",
     "transformer_engine_recomputes_to_the_same_bits",
     "transformer_engine_keeps_fc2_in_bf16",
+    "transformer_engine_saves_delayed_scaling",
     "transformer_engine_quantizers_of_other_kinds_work_by_themselves",
     "transformer_engine_backward_in_high_precision_gets_bf16",
 )
