@@ -9,7 +9,7 @@ MLP that `install` did not reach cannot silently train another activation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -35,6 +35,8 @@ class XIELUPlaceholder:
     alpha_n_init: float = 0.8
     beta: float = 0.5
     impl: Impl = "auto"
+    fc2_input: Literal["fp8", "bf16"] = "fp8"
+    """Under FP8, whether what xIELU gives to the second linear module may be quantized."""
 
     def __call__(self, x: Tensor) -> Tensor:
         raise RuntimeError(
