@@ -189,6 +189,8 @@ def _fp8(fp8: FP8) -> Flags:
         "--fp8-param-gather": fp8.param_gather,
         # TransformerEngine cannot lay MXFP8 weights into a buffer of the optimizer's
         "--reuse-grad-buf-for-mxfp8-param-ag": fp8.param_gather and fp8.recipe == "mxfp8",
+        # slice by slice, each would be loaded with a scale of its own
+        "--no-stream-ckpt-dequant": fp8.recipe == "tensorwise",
         # of a dense model it only chooses the MLP's class, for which our layers bring xIELU
         "--use-transformer-engine-op-fuser": fp8.fused,
     }
