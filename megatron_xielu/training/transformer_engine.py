@@ -139,15 +139,18 @@ def reinstall_command(cuda: str | None) -> str:
 
 
 def _check_gpus(fp8_recipe: str, found: Found) -> None:
-    for name, *version in found.gpus:
-        capability = (version[0], version[1])
-        if not can_run(fp8_recipe, capability, found.cuda):
-            others = [other for other in NEEDS if can_run(other, capability, found.cuda)]
-            raise UserError(
-                f"fp8.recipe={fp8_recipe} needs {NEEDS[fp8_recipe]}; this machine has {name} "
-                f"({_dotted(capability)}) and torch for CUDA {found.cuda}. "
-                f"Legal here: fp8.recipe={', '.join([*others, 'off'])}"
-            )
+    def able(recipe: str) -> list[bool]:
+        return [can_run(recipe, (major, minor), found.cuda) for _, major, minor in found.gpus]
+
+    if all(able(fp8_recipe)):
+        return
+    name, major, minor = found.gpus[able(fp8_recipe).index(False)]
+    legal = [recipe for recipe in NEEDS if all(able(recipe))]
+    raise UserError(
+        f"fp8.recipe={fp8_recipe} needs {NEEDS[fp8_recipe]}; this machine has {name} "
+        f"({major}.{minor}) and torch for CUDA {found.cuda}. "
+        f"Legal here: fp8.recipe={', '.join([*legal, 'off'])}"
+    )
 
 
 def _release(version: str | None) -> Version:
