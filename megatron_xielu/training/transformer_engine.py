@@ -161,9 +161,9 @@ def _release(version: str | None) -> Version:
         return Version("0")
 
 
-def _version(text: str | None) -> tuple[int, int]:
-    major, _, minor = (text or "0.0").partition(".")
-    return int(major), int(minor or 0)
+def _version(cuda: str | None) -> tuple[int, int]:
+    major, minor, *_ = [*(cuda or "0").split("."), "0"]
+    return int(major), int(minor)
 
 
 def _dotted(version: tuple[int, int]) -> str:

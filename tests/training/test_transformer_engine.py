@@ -13,7 +13,7 @@ import torch
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import load_recipe
 from megatron_xielu.training.resolve import Machine, resolve
-from megatron_xielu.training.transformer_engine import NEEDS, Found, can_run, check
+from megatron_xielu.training.transformer_engine import NEEDS, Found, can_run, check, install_command
 from tests.ranks import environment
 
 CU = f"cu{(torch.version.cuda or '13').partition('.')[0]}"
@@ -62,17 +62,21 @@ def package(folder: Path, init: str, pytorch: str | None = "") -> Path:
 
 def said(folder: Path) -> dict[str, str]:
     """What `check` says, by fp8.recipe, in a process that finds the package of this folder."""
-    path = environment()["PYTHONPATH"]
+    return json.loads(in_process(CHECK, folder))
+
+
+def in_process(program: str, folder: Path) -> str:
+    # before a TransformerEngine that the tests themselves run with
+    path = f"{folder}:{environment()['PYTHONPATH']}"
     done = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        # before a TransformerEngine that the tests themselves run with
-        env=environment(PYTHONPATH=f"{folder}:{path}"),
+        [sys.executable, "-c", program],
+        env=environment(PYTHONPATH=path),
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 # upstream's own package swallows its extension's ImportError and looks importable
@@ -125,6 +129,29 @@ def test_a_broken_package_is_told_with_the_command_that_mends_it(
             f"{wanted} cannot run here: {found}\nInstall it anew, or set {instead}:\n"
             f"  pip uninstall -y {remove} transformer-engine-cu13\n  {install}"
         )
+
+
+GPU_MACHINE = """
+from megatron_xielu.errors import UserError
+from megatron_xielu.recipes import load_recipe
+from megatron_xielu.training.pretrain import Request, _job
+from megatron_xielu.training.resolve import Machine
+recipe = load_recipe("tiny", ["model.vocab_size=512", "logging.eval_iters=1", "fp8.recipe=delayed"])
+for machine in (Machine.gpu(), Machine("cuda", 2, True, False)):
+    try:
+        _job(Request("tiny"), recipe, machine, check_data=False)
+        print("passed")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_start_on_gpus_asks_and_a_plan_for_gpus_does_not(tmp_path: Path) -> None:
+    folder = package(tmp_path, SWALLOWS, f"raise ImportError({UNDEFINED!r})")
+    printed = in_process(GPU_MACHINE, folder).splitlines()
+    assert printed[0] == "passed"
+    assert printed[1].startswith("fp8.recipe=delayed cannot run here: TransformerEngine 2.20.2")
+    assert UNDEFINED in printed[2]
 
 
 def test_an_old_version(tmp_path: Path) -> None:
@@ -189,6 +216,13 @@ def test_gpus_without_the_recipe(
         check(recipe, found)
     assert str(caught.value) == message
     check("off", found)
+
+
+def test_the_commands_are_those_of_the_package() -> None:
+    extra = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert install_command("13.0").split()[-1].strip('"') in extra
+    assert "core_cu12," in install_command("12.9")
+    assert install_command(None) == install_command("13.0")
 
 
 def test_missing_where_there_are_gpus() -> None:
