@@ -10,6 +10,8 @@ import pytest
 
 from megatron_xielu import cli
 from megatron_xielu.mcore.layouts import grid
+from megatron_xielu.recipes import load_recipe, preset_names, validate
+from megatron_xielu.recipes.fp8 import local_sizes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -52,3 +54,40 @@ def test_the_layout_table_is_of_the_matrix_and_all_agree() -> None:
     rows = re.findall(r"^\| ([^|]+, [^|]+) \|.*\| (\w+) \| (\w+) \|$", text, re.MULTILINE)
     assert {name for name, *_ in rows} == {str(case) for case in grid.full(4)}
     assert {flag for _, *flags in rows for flag in flags} == {"yes"}
+
+
+def test_the_fp8_sizes_are_those_of_the_presets() -> None:
+    text = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
+    table = [
+        line.strip("|").split("|") for line in text.splitlines() if line.startswith("| llama-")
+    ]
+    seen = set()
+    for name, tp, *cells in ([cell.strip() for cell in row] for row in table):
+        layout = [
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.sequence_parallel={tp != '1'}",
+        ]
+        sizes = list(local_sizes(load_recipe(name, layout)).values())
+
+        def runs(fp8: str, name: str = name, layout: list[str] = layout, tp: int = int(tp)) -> bool:
+            return validate(load_recipe(name, [*layout, f"fp8.recipe={fp8}"]), tp) == []
+
+        by_16 = {runs(fp8) for fp8 in ("delayed", "tensorwise", "blockwise")}
+        flags = [by_16 == {True}, runs("mxfp8"), not any(size % 128 for size in sizes)]
+        words = ["yes" if flag else "no" for flag in flags]
+        assert cells == [*(f"{size:,}" for size in sizes), *words]
+        seen.add((name, int(tp)))
+    # 16 heads: every degree of tensor parallelism that both have
+    presets = [name for name in preset_names() if name.startswith("llama-")]
+    assert seen == {(name, tp) for name in presets for tp in (1, 2, 4, 8, 16)}
+
+
+def test_the_fp8_defaults_are_those_of_a_recipe(tmp_path: Path) -> None:
+    text = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"```yaml\n(fp8:\n.*?)```", text, re.DOTALL)
+    preset = ROOT / "megatron_xielu/recipes/presets/tiny.yaml"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(preset.read_text(encoding="utf-8") + section)
+    assert load_recipe(str(path)) == load_recipe("tiny")
+    keys = set(re.findall(r"^  (\w+):", section, re.MULTILINE))
+    assert keys == set(vars(load_recipe("tiny").fp8))

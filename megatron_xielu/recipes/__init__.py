@@ -1,6 +1,11 @@
 """Recipes: what decides a pretraining run, checked as a whole and turned into Megatron's flags."""
 
-from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
+from megatron_xielu.recipes.derived import (
+    data_parallel_size,
+    fp8_format,
+    head_dim,
+    num_query_groups,
+)
 from megatron_xielu.recipes.loader import diff, load_recipe, preset_names, recipe_keys, to_yaml
 from megatron_xielu.recipes.megatron_args import megatron_args
 from megatron_xielu.recipes.schema import Recipe
@@ -12,6 +17,7 @@ __all__ = [
     "check",
     "data_parallel_size",
     "diff",
+    "fp8_format",
     "head_dim",
     "load_recipe",
     "megatron_args",

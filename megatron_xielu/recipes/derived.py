@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_xielu.recipes.schema import Model, Recipe
+from typing import Literal
+
+from megatron_xielu.recipes.schema import FP8, Model, Recipe
 
 
 def head_dim(model: Model) -> int:
@@ -23,3 +25,10 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
     ranks_per_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     assert world_size % ranks_per_replica == 0
     return world_size // ranks_per_replica
+
+
+def fp8_format(fp8: FP8) -> Literal["hybrid", "e4m3"]:
+    """The number formats of a run whose fp8.recipe is not off."""
+    if fp8.format is not None:
+        return fp8.format
+    return "hybrid" if fp8.recipe in ("delayed", "tensorwise") else "e4m3"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -152,7 +152,8 @@ def _value(path: str, hint: Any, raw: Any, problems: list[str]) -> Any:
 
 def _convert(hint: Any, raw: Any) -> Any:
     """Returns `raw` as the field's type; raises ValueError that says what was expected."""
-    if isinstance(hint, UnionType):
+    # Literal[...] | None is typing's own kind of union
+    if get_origin(hint) in (UnionType, Union):
         if raw is None:
             return None
         (hint,) = (option for option in get_args(hint) if option is not NoneType)
@@ -161,6 +162,9 @@ def _convert(hint: Any, raw: Any) -> Any:
         except ValueError as error:
             raise ValueError(f"{error} or null") from None
     if get_origin(hint) is Literal:
+        # YAML 1.1 reads off as a boolean
+        if raw is False and "off" in get_args(hint):
+            return "off"
         if raw in get_args(hint):
             return raw
         raise ValueError(f"expected one of {', '.join(get_args(hint))}")

@@ -11,8 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
-from megatron_xielu.recipes.schema import Model, Recipe
+from megatron_xielu.recipes.derived import (
+    data_parallel_size,
+    fp8_format,
+    head_dim,
+    num_query_groups,
+)
+from megatron_xielu.recipes.schema import FP8, Model, Recipe
 
 Flags = Mapping[str, str | int | float | bool | Path]
 
@@ -33,7 +38,8 @@ def megatron_args(
     `model.vocab_size` must be set. `gradient_accumulation_fusion` needs Apex's extension
     `fused_weight_gradient_mlp_cuda`, without which upstream refuses to build the output layer.
     `cache` is a folder below run_dir/cache for the dataset's index files.
-    The recipe's `xielu` and `health` sections have no upstream flags and are not part of it.
+    The recipe's `xielu` and `health` sections and `fp8.fc2_input` have no upstream flags and are
+    not part of it.
     """
     flags: list[str] = []
     for group in (
@@ -44,6 +50,7 @@ def megatron_args(
         _checkpoint(recipe, run_dir, device),
         _logging(recipe, run_dir),
         _precision(precision),
+        _fp8(recipe.fp8),
         _platform(device, transformer_impl, gradient_accumulation_fusion),
     ):
         flags += _to_argv(group)
@@ -171,6 +178,31 @@ def _logging(recipe: Recipe, run_dir: Path) -> Flags:
 def _precision(precision: str) -> Flags:
     bf16 = precision == "bf16"
     return {"--bf16": bf16, "--accumulate-allreduce-grads-in-fp32": bf16}
+
+
+def _fp8(fp8: FP8) -> Flags:
+    if fp8.recipe == "off":
+        return {}
+    flags: dict[str, str | int | float | bool | Path] = {
+        "--fp8-format": fp8_format(fp8),
+        "--fp8-recipe": fp8.recipe,
+        "--fp8-param-gather": fp8.param_gather,
+        # TransformerEngine cannot lay MXFP8 weights into a buffer of the optimizer's
+        "--reuse-grad-buf-for-mxfp8-param-ag": fp8.param_gather and fp8.recipe == "mxfp8",
+        # slice by slice, each would be loaded with a scale of its own
+        "--no-stream-ckpt-dequant": fp8.recipe == "tensorwise",
+        # of a dense model it only chooses the MLP's class, for which our layers bring xIELU
+        "--use-transformer-engine-op-fuser": fp8.fused,
+    }
+    if fp8.recipe == "delayed":
+        # upstream's own defaults are the last amax alone, not TransformerEngine's
+        flags["--fp8-amax-history-len"] = fp8.amax_history_len
+        flags["--fp8-amax-compute-algo"] = fp8.amax_compute_algo
+    if fp8.bf16_layers_at_start or fp8.bf16_layers_at_end:
+        flags["--first-last-layers-bf16"] = True
+        flags["--num-layers-at-start-in-bf16"] = fp8.bf16_layers_at_start
+        flags["--num-layers-at-end-in-bf16"] = fp8.bf16_layers_at_end
+    return flags
 
 
 def _platform(device: str, transformer_impl: str, gradient_accumulation_fusion: bool) -> Flags:

@@ -62,6 +62,30 @@ class Parallel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FP8:
+    """FP8 matrix products of the layers, by TransformerEngine; see docs/fp8.md."""
+
+    recipe: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    """How scales are found, by Megatron's names; off is bf16, and nothing else here counts."""
+    format: Literal["hybrid", "e4m3"] | None = None
+    """hybrid has gradients in e5m2; None means TransformerEngine's own choice for the recipe:
+    hybrid for delayed and tensorwise, e4m3 for blockwise and mxfp8."""
+    param_gather: bool = False
+    """Keep the weights in FP8 and gather them so from the distributed optimizer."""
+    bf16_layers_at_start: int = 0
+    bf16_layers_at_end: int = 0
+    """Layers that stay in bf16, not with delayed scaling."""
+    amax_history_len: int = 1024
+    """Delayed scaling: the steps whose largest magnitudes decide the scale."""
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """Delayed scaling: which magnitude of that history."""
+    fc2_input: Literal["fp8", "bf16"] = "fp8"
+    """xIELU's output, which grows with the square of its input: bf16 keeps it out of FP8."""
+    fused: bool = True
+    """xIELU writes FP8 itself, as an operation of TransformerEngine's fuser."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """Length and batch of the run, in optimizer steps and sequences."""
 
@@ -150,6 +174,7 @@ class Recipe:
     model: Model
     xielu: Xielu = field(default_factory=Xielu)
     parallel: Parallel = field(default_factory=Parallel)
+    fp8: FP8 = field(default_factory=FP8)
     training: Training
     optimizer: Optimizer
     schedule: Schedule

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_xielu.errors import UserError
+from megatron_xielu.recipes import fp8
 from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
+from megatron_xielu.recipes.nearest import divisors, indivisible, join, multiples
 from megatron_xielu.recipes.schema import Recipe
 
 _AT_LEAST_ONE = (
@@ -30,6 +32,7 @@ _AT_LEAST_ONE = (
     "logging.log_interval",
     "logging.eval_interval",
     "health.max_skipped_steps",
+    "fp8.amax_history_len",
 )
 _AT_LEAST_ZERO = (
     "optimizer.min_lr",
@@ -41,6 +44,8 @@ _AT_LEAST_ZERO = (
     "data.num_workers",
     "logging.eval_iters",
     "health.every",
+    "fp8.bf16_layers_at_start",
+    "fp8.bf16_layers_at_end",
 )
 _ABOVE_ZERO = (
     "model.rope_theta",
@@ -90,6 +95,7 @@ def validate(recipe: Recipe, world_size: int) -> list[str]:
         *_optimizer(recipe),
         *_checkpoint(recipe),
         *_xielu(recipe),
+        *fp8.problems(recipe),
     ]
 
 
@@ -115,20 +121,20 @@ def _bounds(recipe: Recipe, world_size: int) -> Iterator[str]:
 def _attention(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     heads, groups = model.num_attention_heads, num_query_groups(model)
-    if model.head_dim is None and _indivisible(model.hidden_size, heads):
+    if model.head_dim is None and indivisible(model.hidden_size, heads):
         yield (
             f"model.hidden_size={model.hidden_size} is not divisible by num_attention_heads={heads}"
-            f"; nearest legal: {_multiples(model.hidden_size, heads)}; or set model.head_dim"
+            f"; nearest legal: {multiples(model.hidden_size, heads)}; or set model.head_dim"
         )
-    elif heads > 0 and _indivisible(head_dim(model), 2):
+    elif heads > 0 and indivisible(head_dim(model), 2):
         yield (
             f"model.head_dim={head_dim(model)} must be even, RoPE turns channels in pairs; "
-            f"nearest legal: {_multiples(head_dim(model), 2)}"
+            f"nearest legal: {multiples(head_dim(model), 2)}"
         )
-    if _indivisible(heads, groups):
+    if indivisible(heads, groups):
         yield (
             f"model.num_query_groups={groups} must divide num_attention_heads={heads}; "
-            f"legal: {_join(_divisors(heads))}"
+            f"legal: {join(divisors(heads))}"
         )
     if model.rope_theta > 0 and model.rope_theta != int(model.rope_theta):
         yield (
@@ -140,25 +146,25 @@ def _attention(recipe: Recipe) -> Iterator[str]:
 def _tensor_parallel(recipe: Recipe) -> Iterator[str]:
     model, tp = recipe.model, recipe.parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads, num_query_groups(model)
-    if _indivisible(heads, tp):
+    if indivisible(heads, tp):
         yield (
             f"parallel.tensor_model_parallel_size={tp}: num_attention_heads={heads} must be "
-            f"divisible by it; legal: {_join(_divisors(heads))}"
+            f"divisible by it; legal: {join(divisors(heads))}"
         )
-    elif _indivisible(groups, tp) and _indivisible(tp, groups):
-        legal = [g for g in _divisors(heads) if g % tp == 0 or tp % g == 0]
+    elif indivisible(groups, tp) and indivisible(tp, groups):
+        legal = [g for g in divisors(heads) if g % tp == 0 or tp % g == 0]
         yield (
             f"model.num_query_groups={groups} must be a multiple or a divisor of "
-            f"tensor_model_parallel_size={tp}; legal: {_join(legal)}"
+            f"tensor_model_parallel_size={tp}; legal: {join(legal)}"
         )
     for name, size in (
         ("ffn_hidden_size", model.ffn_hidden_size),
         ("vocab_size", model.vocab_size),
     ):
-        if size is not None and _indivisible(size, tp):
+        if size is not None and indivisible(size, tp):
             yield (
                 f"model.{name}={size} is not divisible by tensor_model_parallel_size={tp}; "
-                f"nearest legal: {_multiples(size, tp)}"
+                f"nearest legal: {multiples(size, tp)}"
             )
 
 
@@ -167,24 +173,24 @@ def _sequence_parallel(recipe: Recipe) -> Iterator[str]:
     if not recipe.parallel.sequence_parallel:
         return
     if tp == 1:
-        legal = [d for d in _divisors(recipe.model.num_attention_heads) if d > 1]
+        legal = [d for d in divisors(recipe.model.num_attention_heads) if d > 1]
         yield (
             "parallel.sequence_parallel=true needs tensor_model_parallel_size greater than 1, not "
-            f"1; legal: sequence_parallel=false, or tensor_model_parallel_size={_join(legal)}"
+            f"1; legal: sequence_parallel=false, or tensor_model_parallel_size={join(legal)}"
         )
-    if _indivisible(seq_length, tp):
+    if indivisible(seq_length, tp):
         yield (
             f"model.seq_length={seq_length} is not divisible by tensor_model_parallel_size={tp}, "
-            f"which sequence_parallel needs; nearest legal: {_multiples(seq_length, tp)}"
+            f"which sequence_parallel needs; nearest legal: {multiples(seq_length, tp)}"
         )
 
 
 def _pipeline_parallel(recipe: Recipe) -> Iterator[str]:
     pp, layers = recipe.parallel.pipeline_model_parallel_size, recipe.model.num_layers
-    if _indivisible(layers, pp):
+    if indivisible(layers, pp):
         yield (
             f"parallel.pipeline_model_parallel_size={pp}: num_layers={layers} must be divisible "
-            f"by it; legal: {_join(_divisors(layers))}"
+            f"by it; legal: {join(divisors(layers))}"
         )
 
 
@@ -193,20 +199,20 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[str]:
     pp = recipe.parallel.pipeline_model_parallel_size
     if min(tp, pp, world_size) < 1:
         return
-    if _indivisible(world_size, tp * pp):
+    if indivisible(world_size, tp * pp):
         yield (
             f"world_size={world_size} is not divisible by tensor_model_parallel_size x "
             f"pipeline_model_parallel_size = {tp} x {pp} = {tp * pp}; "
-            f"nearest legal: {_multiples(world_size, tp * pp)}"
+            f"nearest legal: {multiples(world_size, tp * pp)}"
         )
         return
     batch, micro = recipe.training.global_batch_size, recipe.training.micro_batch_size
     dp = data_parallel_size(recipe, world_size)
-    if _indivisible(batch, micro * dp):
+    if indivisible(batch, micro * dp):
         yield (
             f"training.global_batch_size={batch} is not divisible by micro_batch_size x "
             f"data_parallel_size = {micro} x {dp} = {micro * dp}; "
-            f"nearest legal: {_multiples(batch, micro * dp)}"
+            f"nearest legal: {multiples(batch, micro * dp)}"
         )
 
 
@@ -248,10 +254,10 @@ def _checkpoint(recipe: Recipe) -> Iterator[str]:
             f"checkpoint.keep_every={every} means nothing while keep_last=null keeps all steps; "
             "legal: keep_last=2, or keep_every=null"
         )
-    if _indivisible(every, interval):
+    if indivisible(every, interval):
         yield (
             f"checkpoint.keep_every={every} is not a multiple of save_interval={interval}, so no "
-            f"such step is saved; nearest legal: {_multiples(every, interval)}"
+            f"such step is saved; nearest legal: {multiples(every, interval)}"
         )
 
 
@@ -268,20 +274,3 @@ def _xielu(recipe: Recipe) -> Iterator[str]:
 def _field(recipe: Recipe, path: str) -> Any:
     section, key = path.split(".")
     return getattr(getattr(recipe, section), key)
-
-
-def _indivisible(value: int, divisor: int) -> bool:
-    return value > 0 and divisor > 0 and value % divisor != 0
-
-
-def _multiples(value: int, step: int) -> str:
-    below = value // step * step
-    return _join([below, below + step] if below else [step])
-
-
-def _divisors(value: int) -> list[int]:
-    return [d for d in range(1, value + 1) if value % d == 0]
-
-
-def _join(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))

@@ -17,6 +17,7 @@ _DATA_KEY = "data.path"
 _FREE = (
     "checkpoint.",
     "data.num_workers",
+    "fp8.fused",
     "health.",
     "logging.",
     "model.transformer_impl",

@@ -22,7 +22,7 @@ from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
 from megatron_xielu.errors import UnhealthyRun, UserError
 from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
-from megatron_xielu.training import launch, run_dir
+from megatron_xielu.training import launch, run_dir, transformer_engine
 from megatron_xielu.training.changes import check_keys
 from megatron_xielu.training.report import Reporter, StepMetrics
 from megatron_xielu.training.resolve import Machine, resolve
@@ -158,9 +158,18 @@ def _job(
     resolved = resolve(recipe, machine, data)
     check(resolved, world_size)
     _check_resolved(resolved)
+    _check_transformer_engine(resolved, machine)
     folder = (request.run_dir or Path("runs") / recipe.name).absolute()
     allowed = request.allow_changed
     return Job(resolved, folder, world_size, machine, request.megatron_flags, data, allowed)
+
+
+def _check_transformer_engine(recipe: Recipe, machine: Machine) -> None:
+    # a plan for GPUs needs none; of a machine's ranks one asks, or the process that starts them
+    if launch.is_child() or (launch.is_rank() and launch.local_rank() > 0) or not machine.num_gpus:
+        return
+    if recipe.model.transformer_impl == "transformer_engine":
+        transformer_engine.check(recipe.fp8.recipe, transformer_engine.probe())
 
 
 def _check_resolved(recipe: Recipe) -> None:
@@ -269,7 +278,13 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
     with _Listener(job, terminal) as listener:
         megatron_pretrain(
             job.argv(),
-            XIELUPlaceholder(xielu.alpha_p_init, xielu.alpha_n_init, xielu.beta, xielu.impl),
+            XIELUPlaceholder(
+                xielu.alpha_p_init,
+                xielu.alpha_n_init,
+                xielu.beta,
+                xielu.impl,
+                fc2_input=job.recipe.fp8.fc2_input,
+            ),
             listener,
             alpha_lr_mult=xielu.lr_mult,
             evaluate_first=job.recipe.logging.eval_iters != 0,

@@ -12,6 +12,7 @@ import torch
 from megatron_xielu.data.manifest import DatasetInfo
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe
+from megatron_xielu.training.transformer_engine import install_command
 
 _VOCAB_MULTIPLE = 128
 # Apex's extension; upstream refuses to build the output layer without it
@@ -53,19 +54,9 @@ def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recip
             held-out tokens become the length of an evaluation.
 
     Raises:
-        UserError: TransformerEngine is asked for where it cannot run.
+        UserError: FP8 or TransformerEngine is asked for where it cannot run.
     """
     model = recipe.model
-    impl = model.transformer_impl
-    usable = machine.device == "cuda" and machine.has_transformer_engine
-    if impl == "auto":
-        impl = "transformer_engine" if usable else "local"
-    elif impl == "transformer_engine" and not usable:
-        reason = "no GPU" if machine.device == "cpu" else "no transformer_engine package"
-        raise UserError(
-            f"model.transformer_impl=transformer_engine cannot run here: there is {reason}. "
-            "Set it to auto or local."
-        )
     vocab_size = model.vocab_size
     if vocab_size is None and data is not None:
         vocab_size = -(-data.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
@@ -75,10 +66,38 @@ def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recip
     path = recipe.data.path
     return replace(
         recipe,
-        model=replace(model, transformer_impl=impl, vocab_size=vocab_size),
+        model=replace(
+            model, transformer_impl=_transformer_impl(recipe, machine), vocab_size=vocab_size
+        ),
         training=replace(recipe.training, precision=precision),
         data=replace(recipe.data, path=None if path is None else str(Path(path).absolute())),
         logging=replace(recipe.logging, eval_iters=_eval_iters(recipe, data)),
+    )
+
+
+def _transformer_impl(recipe: Recipe, machine: Machine) -> Literal["local", "transformer_engine"]:
+    impl, fp8 = recipe.model.transformer_impl, recipe.fp8.recipe
+    if machine.device == "cpu" and fp8 != "off":
+        raise UserError(
+            f"fp8.recipe={fp8} cannot run here: there is no GPU. Set fp8.recipe=off; "
+            "--dry-run --for-gpu makes a plan for GPUs on any machine."
+        )
+    if impl == "local" or (impl == "auto" and machine.device == "cpu"):
+        return "local"
+    if machine.device == "cpu":
+        raise UserError(
+            "model.transformer_impl=transformer_engine cannot run here: there is no GPU. "
+            "Set it to auto or local."
+        )
+    if machine.has_transformer_engine:
+        return "transformer_engine"
+    if impl == "auto" and fp8 == "off":
+        return "local"
+    wanted = "model.transformer_impl=transformer_engine" if fp8 == "off" else f"fp8.recipe={fp8}"
+    instead = "set it to auto or local" if fp8 == "off" else "set fp8.recipe=off"
+    raise UserError(
+        f"{wanted} cannot run here: there is no transformer_engine package. Install it, "
+        f"or {instead}:\n  {install_command(torch.version.cuda)}"
     )
 
 

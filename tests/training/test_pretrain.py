@@ -265,6 +265,16 @@ def test_an_activation_kernel_that_this_machine_has_not(data_dir: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_fp8_on_a_machine_without_a_gpu(data_dir: Path, tmp_path: Path) -> None:
+    for dry_run in ([], ["--dry-run"]):
+        words = [*command(tmp_path / "run", data_dir, "fp8.recipe=tensorwise"), *dry_run]
+        assert refused(words) == (
+            "error: fp8.recipe=tensorwise cannot run here: there is no GPU. Set fp8.recipe=off; "
+            "--dry-run --for-gpu makes a plan for GPUs on any machine.\n"
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_and_truncated_data(own_data: Path, tmp_path: Path) -> None:
     message = refused(command(tmp_path / "run", tmp_path / "nowhere"))
     assert f"no data folder at {tmp_path / 'nowhere'}" in message
@@ -520,6 +530,25 @@ def test_a_plan_for_gpus_on_any_machine(tmp_path: Path) -> None:
         assert text in done.stdout
     for text in ("--distributed-backend nccl", "--overlap-param-gather", "GiB, bf16"):
         assert text in done.stdout
+
+
+def test_a_plan_for_fp8_on_any_machine(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "megatron_xielu", "pretrain", "--recipe", "llama-3b-xielu"]
+    program += ["--for-gpu", "--nproc", "2", "fp8.recipe=blockwise"]
+    done = run([*program, "fp8.bf16_layers_at_end=2"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("--fp8-recipe blockwise", "--fp8-format e4m3", "--num-layers-at-end-in-bf16 2"):
+        assert text in done.stdout
+    wrong = ["model.ffn_hidden_size=12296", "model.seq_length=4092", "training.micro_batch_size=1"]
+    # the precision is known once the machine is
+    wrong += ["parallel.use_distributed_optimizer=false"]
+    assert "fp8.recipe" not in refused([*program, *wrong[-1:]])
+    message = refused([*program, *wrong])
+    assert "model.ffn_hidden_size / TP = 12296 / 2 = 6148 is not a multiple of 16" in message
+    assert "nearest legal: 12288, 12320" in message
+    assert "4092 x 1 / 2 = 2046 tokens are not a multiple of 8" in message
+    assert "nearest legal: seq_length=4080, 4096" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_dry_run_prints_what_a_run_uses(data_dir: Path, tmp_path: Path) -> None:

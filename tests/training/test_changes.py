@@ -1,0 +1,50 @@
+"""What of a recipe's FP8 may change between two starts of a run, and by which word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_xielu.errors import UserError
+from megatron_xielu.recipes import diff, load_recipe
+from megatron_xielu.training.changes import check_changes
+
+FOLDER = Path("runs/a")
+IN_RESULT = {
+    "fp8.recipe": "blockwise",
+    "fp8.format": "e4m3",
+    "fp8.param_gather": "true",
+    "fp8.bf16_layers_at_start": "1",
+    "fp8.bf16_layers_at_end": "2",
+    "fp8.amax_history_len": "16",
+    "fp8.amax_compute_algo": "most_recent",
+    "fp8.fc2_input": "bf16",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), IN_RESULT.items())
+def test_what_changes_the_result_is_asked_for(key: str, value: str) -> None:
+    before = load_recipe("tiny", ["fp8.recipe=tensorwise"])
+    changes = diff(before, load_recipe("tiny", ["fp8.recipe=tensorwise", f"{key}={value}"]))
+    assert len(changes) == 1
+    with pytest.raises(UserError) as caught:
+        check_changes(changes, FOLDER, [])
+    assert f"  {changes[0]}  (--allow-changed {key})" in str(caught.value).splitlines()
+    check_changes(changes, FOLDER, [key])
+
+
+def test_to_bf16_and_back_is_one_key() -> None:
+    on = ["fp8.recipe=tensorwise", "fp8.fc2_input=bf16", "fp8.bf16_layers_at_start=1"]
+    fp8 = load_recipe("tiny", on)
+    bf16 = load_recipe("tiny", [*on, "fp8.recipe=off"])
+    assert diff(fp8, bf16) == ["fp8.recipe: 'tensorwise' -> 'off'"]
+    for changes in (diff(fp8, bf16), diff(bf16, fp8)):
+        check_changes(changes, FOLDER, ["fp8.recipe"])
+
+
+def test_every_key_is_decided() -> None:
+    given = load_recipe("tiny")
+    others = {f"fp8.{key}" for key in vars(given.fp8)} - set(IN_RESULT)
+    assert others == {"fp8.fused"}
+    check_changes(diff(given, load_recipe("tiny", ["fp8.fused=false"])), FOLDER, [])
