@@ -23,6 +23,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_xielu.activations import XIELU
+from megatron_xielu.mcore.recompute import recompute_output
 from megatron_xielu.ops import xielu
 from megatron_xielu.ops.dispatch import Impl
 
@@ -35,6 +36,7 @@ class XIELUPlaceholder:
     alpha_n_init: float = 0.8
     beta: float = 0.5
     impl: Impl = "auto"
+    recompute: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         raise RuntimeError(
@@ -114,7 +116,10 @@ def install(model: nn.Module) -> nn.Module:
     experts = {id(expert) for mixture in mixtures for expert in mixture.local_experts}
     for mlp in model.modules():
         if isinstance(mlp, MLP) and isinstance(mlp.activation_func, XIELUPlaceholder):
+            settings = mlp.activation_func
             mlp.activation_func = _build(mlp, is_expert=id(mlp) in experts)
+            if settings.recompute:
+                recompute_output(mlp)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):
             raise RuntimeError(

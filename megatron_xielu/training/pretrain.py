@@ -269,7 +269,9 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
     with _Listener(job, terminal) as listener:
         megatron_pretrain(
             job.argv(),
-            XIELUPlaceholder(xielu.alpha_p_init, xielu.alpha_n_init, xielu.beta, xielu.impl),
+            XIELUPlaceholder(
+                xielu.alpha_p_init, xielu.alpha_n_init, xielu.beta, xielu.impl, xielu.recompute
+            ),
             listener,
             alpha_lr_mult=xielu.lr_mult,
             evaluate_first=job.recipe.logging.eval_iters != 0,
@@ -314,6 +316,11 @@ class _Listener:
     def __exit__(self, *exc: object) -> None:
         if self._reporter is not None:
             self._reporter.close()
+
+    def note(self, text: str) -> None:
+        """Say once what every rank has found."""
+        if launch.rank() == 0:
+            print(text, file=self._terminal, flush=True)
 
     def step(self, **numbers: Any) -> None:
         assert self._reporter is not None
