@@ -142,7 +142,8 @@ def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
 
     Weights in the run's precision, gradients in fp32; AdamW's two moments in fp32, and with bf16 a
     fp32 copy of the weights, both cut by the data parallel size under the distributed optimizer.
-    Activations are what each matmul and norm keeps for its backward pass, without recomputation.
+    Activations are what each matmul and norm keeps for its backward pass; of recomputation
+    only `xielu.recompute` counts, not Megatron's flags.
     Logits exist once in the run's precision and once in fp32 for the loss.
     """
     model, training, parallel = recipe.model, recipe.training, recipe.parallel
@@ -274,4 +275,5 @@ def _activations_per_token(recipe: Recipe) -> float:
     # queries and attention's output, keys and values; both kinds of layers keep no scores
     channels = (2 * model.num_attention_heads + 2 * num_query_groups(model)) * head_dim(model)
     # xIELU's input and output
-    return hidden + (channels + 2 * model.ffn_hidden_size) / tp
+    xielu = (1 if recipe.xielu.recompute else 2) * model.ffn_hidden_size
+    return hidden + (channels + xielu) / tp

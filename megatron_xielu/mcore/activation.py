@@ -23,6 +23,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_xielu.activations import XIELU
+from megatron_xielu.mcore.recompute import recompute_output
 from megatron_xielu.ops import xielu
 from megatron_xielu.ops.dispatch import Impl
 
@@ -119,8 +120,12 @@ def install(model: nn.Module) -> nn.Module:
     experts = {id(expert) for mixture in mixtures for expert in mixture.local_experts}
     for mlp in model.modules():
         if isinstance(mlp, MLP) and isinstance(mlp.activation_func, XIELUPlaceholder):
+            settings = mlp.activation_func
             mlp.activation_func = _build(mlp, is_expert=id(mlp) in experts)
-            _use_fused_operation(mlp)
+            if type(mlp).__name__ == "TEFusedMLP":
+                _use_fused_operation(mlp)
+            elif settings.recompute:
+                recompute_output(mlp)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):
             raise RuntimeError(
@@ -149,12 +154,11 @@ def _build(mlp: MLP, *, is_expert: bool) -> ParallelXIELU:
 
 
 def _use_fused_operation(mlp: MLP) -> None:
-    # by name: the class exists where TransformerEngine is installed only
-    if type(mlp).__name__ == "TEFusedMLP":
-        from megatron_xielu.mcore.te_fused_mlp import XIELUFusedMLP
+    # it needs TransformerEngine
+    from megatron_xielu.mcore.te_fused_mlp import XIELUFusedMLP
 
-        # Megatron's spec and a user's own name the class themselves
-        mlp.__class__ = XIELUFusedMLP
+    # Megatron's spec and a user's own name the class themselves
+    mlp.__class__ = XIELUFusedMLP
 
 
 def installed_activations(model: nn.Module) -> dict[int, list[ParallelXIELU]]:

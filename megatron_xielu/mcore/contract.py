@@ -339,6 +339,43 @@ SEAMS = (
         "item dtype",
     ),
     Seam(
+        "megatron.core.transformer.mlp.MLP.forward",
+        "multiplies an expert's activation, which recompute repeats",
+        "self hidden_states per_token_scale",
+        "intermediate_parallel = intermediate_parallel * per_token_scale.unsqueeze(-1)",
+    ),
+    Seam(
+        "megatron.core.transformer.mlp.MLP.forward",
+        "calls fc2 as a module, so that its forward hooks run",
+        source="apply_module(self.linear_fc2)(",
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.random.is_checkpointing",
+        "says that Megatron recomputes the MLP as a whole",
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.random.CheckpointFunction.backward",
+        "tells is_checkpointing of the second forward pass",
+        source="_set_checkpointing()",
+    ),
+    Seam(
+        "megatron.core.transformer.transformer_layer.TransformerLayer.__init__",
+        "recomputes whole dense MLPs by this name",
+        source='"mlp" in self.config.recompute_modules',
+    ),
+    Seam(
+        "torch._C._autograd._top_saved_tensors_default_hooks",
+        "says whether activation offloading holds what is saved",
+    ),
+    Seam(
+        "torch._C._autograd.SavedTensor.register_hooks",
+        "puts the way to make fc2's input again in its place",
+    ),
+    Seam(
+        "torch._C._FunctionBase._raw_saved_tensors",
+        "is where an autograd function keeps fc2's input",
+    ),
+    Seam(
         "megatron.training.ft_integration.on_eval_step_start",
         "is where an evaluation can be left",
     ),

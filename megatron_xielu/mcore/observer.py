@@ -24,6 +24,9 @@ LOSS = "lm loss"
 class Listener(Protocol):
     """Receives the numbers on the reporting rank, the last one, which has the loss."""
 
+    def note(self, text: str) -> None:
+        """Something about the run that its user may not expect; told on every rank."""
+
     def begin(self, *, start_step: int, train_iters: int, tokens_per_step: int) -> None:
         """Everything is built and loaded; the numbers are Megatron's own, flags included."""
 

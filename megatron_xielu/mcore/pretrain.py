@@ -32,6 +32,7 @@ from megatron_xielu.mcore.health import Health, HealthSettings
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer, is_reporting_rank
 from megatron_xielu.mcore.preemption import Preemption
+from megatron_xielu.mcore.recompute import recomputed_by_megatron
 from megatron_xielu.mcore.saving import Saving, Store
 from megatron_xielu.signals import StopSignals
 
@@ -53,7 +54,7 @@ def pretrain(
     Args:
         argv: Megatron's own flags, without a program name.
         activation: xIELU's settings.
-        listener: gets the run's numbers on the last rank.
+        listener: gets the run's numbers on the last rank, and notes on every rank.
         alpha_lr_mult: learning rate of the alphas relative to the other parameters.
         evaluate_first: evaluate before the first step of a new run.
         store: takes the checkpoints; None leaves saving to Megatron alone.
@@ -86,6 +87,12 @@ def pretrain(
         args.async_save = True
     model = gpt_config_from_args(args)
     use_xielu(model.transformer, activation)
+    whole = recomputed_by_megatron(model.transformer)
+    if activation.recompute and whole is not None:
+        listener.note(
+            f"xielu.recompute=true is ignored: {whole} recomputes every MLP as a whole, fc2's "
+            "input included"
+        )
     # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
     model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
     model.pre_wrap_hooks.append(install_on_chunks)

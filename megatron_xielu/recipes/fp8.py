@@ -67,6 +67,18 @@ def _modes(recipe: Recipe) -> Iterator[str]:
             f"model.transformer_impl=local cannot go with {name}: TransformerEngine computes FP8; "
             "legal: transformer_engine, auto, or fp8.recipe=off"
         )
+    if recipe.fp8.fused:
+        return
+    if recipe.fp8.fc2_input == "bf16":
+        yield (
+            "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
+            "quantize their input; legal: fp8.fused=true, or fp8.fc2_input=fp8"
+        )
+    if recipe.xielu.recompute:
+        yield (
+            f"xielu.recompute=true cannot go with {name} and fp8.fused=false: fc2 keeps an FP8 "
+            "copy of xIELU's output of its own; legal: fp8.fused=true, or xielu.recompute=false"
+        )
 
 
 def _layers(recipe: Recipe) -> Iterator[str]:

@@ -49,6 +49,8 @@ class Xielu:
     """Learning rate of the alphas relative to the other parameters."""
     impl: Literal["auto", "triton", "cpu", "eager", "reference"] = "auto"
     """auto: the fused kernel of the machine, plain torch where there is none."""
+    recompute: bool = False
+    """Backward computes fc2's input again instead of keeping it; see docs/memory.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ _FREE = (
     "parallel.tensor_model_parallel_size",
     "training.micro_batch_size",
     "xielu.impl",
+    "xielu.recompute",
 )
 # the shapes of what is saved, the optimizer that saved it, and the rates by which Megatron finds
 # its parameter groups again (with another one it ends with a KeyError)

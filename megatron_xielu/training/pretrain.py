@@ -283,6 +283,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
                 xielu.alpha_n_init,
                 xielu.beta,
                 xielu.impl,
+                recompute=xielu.recompute,
                 fc2_input=job.recipe.fp8.fc2_input,
             ),
             listener,
@@ -329,6 +330,11 @@ class _Listener:
     def __exit__(self, *exc: object) -> None:
         if self._reporter is not None:
             self._reporter.close()
+
+    def note(self, text: str) -> None:
+        """Say once what every rank has found."""
+        if launch.rank() == 0:
+            print(text, file=self._terminal, flush=True)
 
     def step(self, **numbers: Any) -> None:
         assert self._reporter is not None

@@ -25,6 +25,9 @@ class Recorder:
     def begin(self, **numbers: Any) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
     def step(self, **numbers: Any) -> None:
         self.steps.append(numbers)
 
@@ -81,7 +84,9 @@ def main() -> None:
     recorder = Recorder()
     pretrain.pretrain(
         [*argv, *sys.argv[split + 1 :]],
-        activation.XIELUPlaceholder(beta=recipe.xielu.beta, impl=recipe.xielu.impl),
+        activation.XIELUPlaceholder(
+            beta=recipe.xielu.beta, impl=recipe.xielu.impl, recompute=recipe.xielu.recompute
+        ),
         recorder,
         alpha_lr_mult=recipe.xielu.lr_mult,
         # a planted fault runs to the end, so that its size can be seen

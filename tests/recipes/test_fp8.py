@@ -242,6 +242,16 @@ RULES = [
         "legal: fewer, or fp8.recipe=off",
     ),
     (
+        ["fp8.recipe=blockwise", "fp8.fused=false", "fp8.fc2_input=bf16"],
+        "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
+        "quantize their input; legal: fp8.fused=true, or fp8.fc2_input=fp8",
+    ),
+    (
+        ["fp8.recipe=delayed", "fp8.fused=false", "xielu.recompute=true"],
+        "xielu.recompute=true cannot go with fp8.recipe=delayed and fp8.fused=false: fc2 keeps an "
+        "FP8 copy of xIELU's output of its own; legal: fp8.fused=true, or xielu.recompute=false",
+    ),
+    (
         ["fp8.bf16_layers_at_start=-1"],
         "fp8.bf16_layers_at_start=-1 must not be negative; nearest legal: 0",
     ),

@@ -339,6 +339,45 @@ def test_a_finished_run_only_evaluates(finished: Path, data_dir: Path, tmp_path:
     assert metrics(folder) == before
 
 
+def trained(run_dir: Path) -> list[list[Any]]:
+    names = ("step", "loss", "grad_norm", "alpha_p", "alpha_n")
+    rows = [[record.get(name) for name in names] for record in metrics(run_dir)]
+    assert any(row[2] is not None for row in rows)
+    return rows
+
+
+def test_recomputing_the_activation_changes_no_bit(
+    finished: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    done = run(command(tmp_path / "run", data_dir, "xielu.recompute=true"))
+    assert done.returncode == 0, done.stderr
+    assert trained(tmp_path / "run") == trained(finished)
+    ours, plain = saved(tmp_path / "run", 5), saved(finished, 5)
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+
+
+def test_recomputing_changes_no_bit_in_bf16_on_two_ranks(data_dir: Path, tmp_path: Path) -> None:
+    cut = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+    for recompute in ("false", "true"):
+        short = ("training.train_iters=3", "training.precision=bf16", *cut)
+        words = command(tmp_path / recompute, data_dir, *short, f"xielu.recompute={recompute}")
+        assert run(words).returncode == 0
+    assert trained(tmp_path / "true") == trained(tmp_path / "false")
+
+
+def test_recompute_may_change_and_is_ignored_where_megatron_recomputes_all(
+    finished: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    flags = ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]
+    done = run(command(folder, data_dir, "xielu.recompute=true", flags=flags))
+    assert done.returncode == 0, done.stderr
+    assert "changed since the last start: xielu.recompute: false -> true" in done.stdout
+    note = "xielu.recompute=true is ignored: --recompute-granularity selective "
+    assert done.stdout.count(f"{note}--recompute-modules mlp recomputes every MLP") == 1
+
+
 def test_a_longer_run_goes_on_and_says_what_changed(
     finished: Path, data_dir: Path, tmp_path: Path
 ) -> None:
