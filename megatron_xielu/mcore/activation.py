@@ -36,7 +36,7 @@ class XIELUPlaceholder:
     beta: float = 0.5
     impl: Impl = "auto"
     fc2_input: Literal["fp8", "bf16"] = "fp8"
-    """Under FP8, whether what xIELU gives to the second linear module may be quantized."""
+    """bf16: under FP8, xIELU's output and fc2's GEMM stay in bf16."""
 
     def __call__(self, x: Tensor) -> Tensor:
         raise RuntimeError(

@@ -67,6 +67,11 @@ def _modes(recipe: Recipe) -> Iterator[str]:
             f"model.transformer_impl=local cannot go with {name}: TransformerEngine computes FP8; "
             "legal: transformer_engine, auto, or fp8.recipe=off"
         )
+    if recipe.fp8.fc2_input == "bf16" and not recipe.fp8.fused:
+        yield (
+            "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
+            "quantize every input; legal: fused=true, or fc2_input=fp8"
+        )
 
 
 def _layers(recipe: Recipe) -> Iterator[str]:

@@ -206,6 +206,11 @@ RULES = [
         "model.transformer_impl=local cannot go with fp8.recipe=tensorwise: TransformerEngine "
         "computes FP8; legal: transformer_engine, auto, or fp8.recipe=off",
     ),
+    (
+        ["fp8.recipe=tensorwise", "fp8.fc2_input=bf16", "fp8.fused=false"],
+        "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
+        "quantize every input; legal: fused=true, or fc2_input=fp8",
+    ),
     # Megatron gathers FP8 weights from its distributed optimizer alone, which bf16 needs anyway
     (
         [
