@@ -77,7 +77,9 @@ def test_off_is_off(parser: argparse.ArgumentParser) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_megatron_reads_the_recipe(parser: argparse.ArgumentParser, name: str) -> None:
+def test_megatron_reads_the_recipe(
+    parser: argparse.ArgumentParser, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
     config, args = config_of(parser, f"fp8.recipe={name}")
     assert config.fp8_recipe == name
     # TransformerEngine's default of each recipe's class
@@ -86,6 +88,7 @@ def test_megatron_reads_the_recipe(parser: argparse.ArgumentParser, name: str) -
     assert (config.fp8_param, config.first_last_layers_bf16) == (False, False)
     assert not args.reuse_grad_buf_for_mxfp8_param_ag
     assert config.fp8_dot_product_attention is config.fp8_multi_head_attention is False
+    assert not [warning for warning in recwarn if "fp8" in str(warning.message)]
     if name == "delayed":
         assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
 
