@@ -8,10 +8,10 @@ the operations that work for them, so that checkpoints go from fused MLPs to pla
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_recipe
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.quantization import DelayedScalingRecipeState
 
+from megatron_xielu.errors import UserError
 from megatron_xielu.mcore import patches
 
 _OPERATION = "_megatron_xielu_operation"
@@ -29,8 +30,20 @@ _PLACES = {"scaling_fwd": 3, "scaling_bwd": 2}
 _PICKLE = 0x80
 
 
-def save_as_numbers() -> None:
-    """Let TransformerEngine's modules put delayed scaling into checkpoints without a pickle."""
+def save_as_numbers(*, needed: bool = True) -> None:
+    """Let TransformerEngine's modules put delayed scaling into checkpoints without a pickle.
+
+    Args:
+        needed: the run has delayed scaling, and not only a checkpoint that may have it.
+
+    Raises:
+        UserError: it is needed and safetensors is not installed.
+    """
+    if needed and importlib.util.find_spec("safetensors") is None:
+        raise UserError(
+            "checkpoints hold the state of FP8 delayed scaling by safetensors, which is not "
+            "installed: pip install safetensors"
+        )
     patches.wrap(TransformerEngineBaseModule, "get_extra_state", _around_get)
     patches.wrap(TransformerEngineBaseModule, "set_extra_state", _around_set)
 
@@ -64,12 +77,14 @@ def _around_get(get: Callable[..., Any]) -> Callable[..., Any]:
             )
         if not states:
             return get(module)
+        from safetensors.torch import save
+
         tensors = {}
         for key, state in states.items():
             missing = _PLACES[key] - len(state.scale)
             tensors[f"{key}.scale"] = F.pad(state.scale.cpu(), (0, max(0, missing)), value=1.0)
             tensors[f"{key}.amax_history"] = F.pad(state.amax_history.cpu(), (0, max(0, missing)))
-        return torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
 
     return got
 
@@ -83,7 +98,9 @@ def _around_set(set_state: Callable[..., Any]) -> Callable[..., Any]:
         if recipe is None or not recipe.delayed():
             # a run that goes on in bf16 or with another recipe
             return
-        tensors = safetensors.torch.load(state.cpu().numpy().tobytes())
+        from safetensors.torch import load
+
+        tensors = load(state.cpu().numpy().tobytes())
         gemms = len(tensors["scaling_fwd.scale"]) // _PLACES["scaling_fwd"]
         # otherwise the first forward's to say
         module.fp8_meta.setdefault("num_gemms", gemms)

@@ -99,7 +99,7 @@ def pretrain(
     if args.transformer_impl == "transformer_engine":
         from megatron_xielu.mcore import delayed_scaling
 
-        delayed_scaling.save_as_numbers()
+        delayed_scaling.save_as_numbers(needed=bool(args.fp8) and args.fp8_recipe == "delayed")
     datasets = Datasets()
     observer = Observer(listener, datasets, preemption, evaluate_first=evaluate_first)
     observer.attach()

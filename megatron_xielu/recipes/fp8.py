@@ -72,7 +72,7 @@ def _modes(recipe: Recipe) -> Iterator[str]:
     if recipe.fp8.fc2_input == "bf16":
         yield (
             "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
-            "quantize their input; legal: fp8.fused=true, or fp8.fc2_input=fp8"
+            "quantize every input; legal: fused=true, or fc2_input=fp8"
         )
     if recipe.xielu.recompute:
         yield (

@@ -82,7 +82,8 @@ class FP8:
     amax_compute_algo: Literal["max", "most_recent"] = "max"
     """Delayed scaling: which magnitude of that history."""
     fc2_input: Literal["fp8", "bf16"] = "fp8"
-    """xIELU's output, which grows with the square of its input: bf16 keeps it out of FP8."""
+    """bf16 keeps xIELU's output, which grows with the square of its input, and the product that
+    reads it out of FP8; needs fused."""
     fused: bool = True
     """xIELU writes FP8 itself, as an operation of TransformerEngine's fuser."""
 

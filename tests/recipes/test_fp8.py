@@ -77,7 +77,9 @@ def test_off_is_off(parser: argparse.ArgumentParser) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_megatron_reads_the_recipe(parser: argparse.ArgumentParser, name: str) -> None:
+def test_megatron_reads_the_recipe(
+    parser: argparse.ArgumentParser, name: str, recwarn: pytest.WarningsRecorder
+) -> None:
     config, args = config_of(parser, f"fp8.recipe={name}")
     assert config.fp8_recipe == name
     # TransformerEngine's default of each recipe's class
@@ -86,6 +88,7 @@ def test_megatron_reads_the_recipe(parser: argparse.ArgumentParser, name: str) -
     assert (config.fp8_param, config.first_last_layers_bf16) == (False, False)
     assert not args.reuse_grad_buf_for_mxfp8_param_ag
     assert config.fp8_dot_product_attention is config.fp8_multi_head_attention is False
+    assert not [warning for warning in recwarn if "fp8" in str(warning.message)]
     if name == "delayed":
         assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
 
@@ -206,6 +209,11 @@ RULES = [
         "model.transformer_impl=local cannot go with fp8.recipe=tensorwise: TransformerEngine "
         "computes FP8; legal: transformer_engine, auto, or fp8.recipe=off",
     ),
+    (
+        ["fp8.recipe=tensorwise", "fp8.fc2_input=bf16", "fp8.fused=false"],
+        "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
+        "quantize every input; legal: fused=true, or fc2_input=fp8",
+    ),
     # Megatron gathers FP8 weights from its distributed optimizer alone, which bf16 needs anyway
     (
         [
@@ -240,11 +248,6 @@ RULES = [
         ],
         "fp8.bf16_layers_at_start + bf16_layers_at_end = 4 leave none of 4 layers in FP8; "
         "legal: fewer, or fp8.recipe=off",
-    ),
-    (
-        ["fp8.recipe=blockwise", "fp8.fused=false", "fp8.fc2_input=bf16"],
-        "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
-        "quantize their input; legal: fp8.fused=true, or fp8.fc2_input=fp8",
     ),
     (
         ["fp8.recipe=delayed", "fp8.fused=false", "xielu.recompute=true"],
