@@ -37,6 +37,7 @@ class XIELUPlaceholder:
     beta: float = 0.5
     impl: Impl = "auto"
     recompute: bool = False
+    """Keep xIELU's output from forward to backward no longer than fc2 needs it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         raise RuntimeError(
@@ -71,6 +72,7 @@ class ParallelXIELU(XIELU):
     ) -> None:
         super().__init__(settings.alpha_p_init, settings.alpha_n_init, settings.beta, settings.impl)
         self.tp_group = tp_group
+        self.recompute = settings.recompute
         summed_by_megatron = sequence_parallel and not is_expert
         self.sum_in_backward = tp_group.size() > 1 and not summed_by_megatron
         for alpha in (self.alpha_p, self.alpha_n):
@@ -116,9 +118,8 @@ def install(model: nn.Module) -> nn.Module:
     experts = {id(expert) for mixture in mixtures for expert in mixture.local_experts}
     for mlp in model.modules():
         if isinstance(mlp, MLP) and isinstance(mlp.activation_func, XIELUPlaceholder):
-            settings = mlp.activation_func
             mlp.activation_func = _build(mlp, is_expert=id(mlp) in experts)
-            if settings.recompute:
+            if mlp.activation_func.recompute:
                 recompute_output(mlp)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):
