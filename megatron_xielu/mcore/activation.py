@@ -120,11 +120,10 @@ def install(model: nn.Module) -> nn.Module:
     experts = {id(expert) for mixture in mixtures for expert in mixture.local_experts}
     for mlp in model.modules():
         if isinstance(mlp, MLP) and isinstance(mlp.activation_func, XIELUPlaceholder):
-            settings = mlp.activation_func
             mlp.activation_func = _build(mlp, is_expert=id(mlp) in experts)
             if type(mlp).__name__ == "TEFusedMLP":
                 _use_fused_operation(mlp)
-            elif settings.recompute:
+            elif mlp.activation_func.recompute:
                 recompute_output(mlp)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):

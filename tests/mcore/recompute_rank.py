@@ -217,6 +217,30 @@ def steps_aside() -> dict[str, Any]:
     return seen
 
 
+class TorchLinear(torch.nn.Linear):
+    """An fc2 of torch's, which saves a view of its input with two dimensions."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+def another_linear() -> dict[str, Any]:
+    from megatron_xielu.mcore.recompute import recompute_output
+
+    mlp = models({})[0].decoder.layers[0].mlp
+    mlp.linear_fc2 = TorchLinear(96, 32, bias=False)
+    x = torch.randn(16, 2, 32, requires_grad=True)
+    grads, held = [], []
+    for recompute in (False, True):
+        if recompute:
+            recompute_output(mlp)
+        held.append(held_by(partial(forward, mlp, x)))
+        out = forward(mlp, x)
+        grads.append(torch.autograd.grad(out.sin().sum(), (x, *mlp.parameters())))
+    different = [i for i, (a, b) in enumerate(zip(*grads, strict=True)) if not torch.equal(a, b)]
+    return {"different": different, "held": held}
+
+
 @contextmanager
 def told() -> Iterator[list[str]]:
     """Collects this package's warnings."""
@@ -281,6 +305,7 @@ def main(tp: int, out: Path) -> None:
             for dtype in (torch.bfloat16, torch.float32)
         }
         seen["aside"] = steps_aside()
+        seen["another linear"] = another_linear()
     seen["cases"] = {name: compare(*case) for name, case in cases.items()}
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()

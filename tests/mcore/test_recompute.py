@@ -86,6 +86,13 @@ def test_bytes_held_are_those_of_the_model(row: str, one_rank: dict[str, Any]) -
     assert peak[0] - peak[1] >= 3 * saved * 0.98
 
 
+def test_a_linear_layer_that_saves_a_view(one_rank: dict[str, Any]) -> None:
+    seen = one_rank["another linear"]
+    assert not seen["different"]
+    # fp32, 16 x 2 tokens, ffn_hidden_size 96
+    assert seen["held"][0] - seen["held"][1] == 4 * 32 * 96
+
+
 def test_steps_aside_where_others_hold_the_tensors(one_rank: dict[str, Any]) -> None:
     seen = one_rank["aside"]
     assert seen["weight is the parameter"]

@@ -121,6 +121,7 @@ def test_overrides_are_yaml_values() -> None:
         ("model.num_layers=null", "model.num_layers: expected an integer, got null"),
         ("model.vocab_size=x", "model.vocab_size: expected an integer or null, got 'x'"),
         ("model.tie_embeddings=1", "model.tie_embeddings: expected true or false, got 1"),
+        ("xielu.recompute=mlp", "xielu.recompute: expected true or false, got 'mlp'"),
         ("optimizer.lr=fast", "optimizer.lr: expected a finite number, got 'fast'"),
         ("optimizer.lr=true", "optimizer.lr: expected a finite number, got true"),
         ("optimizer.lr=.inf", "optimizer.lr: expected a finite number, got inf"),
