@@ -106,13 +106,13 @@ class Operand:
             columns = fp8_reference.dequantize(
                 found.columnwise, found.columnwise_scale_inv, scaling
             ).T
-        if self._recipe == "delayed":
-            assert found.amax is not None
-            self._delayed.record(found.amax)
+        amax = fp8_reference.amax_of(x) if found.amax is None else found.amax
+        if isinstance(scaling, Delayed):
+            self._delayed.record(amax)
             if training:
                 self._delayed.update()
         if training:
-            self._count(x, rows, scaling)
+            self._count(x, rows, float(amax), scaling)
         return rows, columns
 
     def _scaling(self) -> Scaling:
@@ -124,18 +124,19 @@ class Operand:
             case _:
                 return Blockwise(self.dtype, self._square)
 
-    def _count(self, x: Tensor, kept: Tensor, scaling: Scaling) -> None:
+    def _count(self, x: Tensor, kept: Tensor, amax: float, scaling: Scaling) -> None:
         counted = self.statistics
-        counted.amax = max(counted.amax, float(fp8_reference.amax_of(x)))
+        counted.amax = max(counted.amax, amax)
         counted.elements += x.numel()
-        counted.flushed += int(((kept == 0) & (x != 0)).sum())
+        counted.flushed += int(x.count_nonzero() - kept.count_nonzero())
+        # scales that follow from the values themselves let nothing but infinities saturate
+        limit = torch.finfo(x.dtype).max
         if isinstance(scaling, Delayed):
             # half a step above the largest, 1.75 * 2^e, whose step is eps * 2^e
-            limit = fp8_reference.LARGEST[self.dtype] * (1 + torch.finfo(self.dtype).eps / 3.5)
-            counted.saturated += int((x.float().abs() * scaling.scale > limit).sum())
-        else:
-            # no scale that follows from the values themselves leaves any other
-            counted.saturated += int(x.isinf().sum())
+            half_step = 1 + torch.finfo(self.dtype).eps / 3.5
+            limit = fp8_reference.LARGEST[self.dtype] * half_step / float(scaling.scale)
+        if amax > limit:
+            counted.saturated += int((x.float().abs() > limit).sum())
 
 
 class EmulatedProduct:
@@ -167,7 +168,7 @@ class _Product(torch.autograd.Function):
         return (x_rows @ w_rows.T).to(x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
         rows, columns = ctx.grad_output(grad.flatten(0, -2), training=True)

@@ -123,7 +123,9 @@ def quantize(
     x = x.float()
     if isinstance(scaling, Blockwise):
         row, row_scale_inv = _blocks(x, scaling) if rowwise else (None, None)
-        column, column_scale_inv = _blocks(x.T, scaling) if columnwise else (None, None)
+        column, column_scale_inv = (
+            _blocks(x.T.contiguous(), scaling) if columnwise else (None, None)
+        )
         return Quantized(row, column, row_scale_inv, column_scale_inv)
     amax = amax_of(x)
     scale = scaling.scale if isinstance(scaling, Delayed) else scale_of(amax, scaling)

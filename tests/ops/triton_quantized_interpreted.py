@@ -28,17 +28,17 @@ from torch import Tensor
 
 from megatron_xielu.ops import fp8_reference
 from megatron_xielu.ops.family import FAMILY, RELU2, XIELU, XIPRELU, Activation
-from megatron_xielu.ops.fp8_reference import block_scales
-from megatron_xielu.ops.reference import REFERENCES
-from megatron_xielu.ops.triton import quantized
-from megatron_xielu.ops.triton.quantized import (
+from megatron_xielu.ops.fp8_reference import (
     Blockwise,
     Current,
     Delayed,
     Quantized,
     Scaling,
-    allocate,
+    block_scales,
 )
+from megatron_xielu.ops.reference import REFERENCES
+from megatron_xielu.ops.triton import quantized
+from megatron_xielu.ops.triton.quantized import allocate
 from megatron_xielu.ops.triton.quantized_kernels import scale_of
 
 DEVICE = sys.argv[2] if __name__ == "__main__" else "cpu"
