@@ -41,7 +41,7 @@ from megatron_xielu.mcore.pretrain import loss_function
 
 # the gated MLP has 3 matrices where the others have 2: equal parameters
 FFN_HIDDEN_SIZE = {"xielu": 768, "relu2": 768, "swiglu": 512}
-NUM_LAYERS, HIDDEN_SIZE, NUM_HEADS = 4, 128, 4
+HIDDEN_SIZE, NUM_HEADS = 128, 4
 SEQ_LENGTH, GLOBAL_BATCH = 128, 8
 LEARNING_RATE, WARMUP, DECAY_SHARE = 3e-3, 20, 0.2
 VALID_BATCHES = 32
@@ -59,6 +59,7 @@ class Run:
     micro_batches: int = 1
     """Cuts a step's batch, which changes nothing but the order of roundings."""
     steps: int = 300
+    num_layers: int = 4
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Training:
 
 def _build(run: Run, vocab_size: int) -> tuple[TransformerConfig, list[Any]]:
     fields: dict[str, Any] = {
-        "num_layers": NUM_LAYERS,
+        "num_layers": run.num_layers,
         "hidden_size": HIDDEN_SIZE,
         "num_attention_heads": NUM_HEADS,
         "ffn_hidden_size": FFN_HIDDEN_SIZE[run.activation],
@@ -185,7 +186,8 @@ def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transfor
     """Megatron's own layers, with the attention and norm that xIELU's have."""
     layer = default_layer_spec(config, vp_stage)
     use_torch_kernels(layer.submodules, config.transformer)
-    return TransformerBlockSubmodules(layer_specs=[layer] * NUM_LAYERS, layer_norm=RMSNorm)
+    layers = [layer] * config.transformer.num_layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _optimizer(steps: int, chunks: list[Any]) -> tuple[Any, OptimizerParamScheduler]:

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from megatron_xielu.errors import UserError
 from megatron_xielu.ops import fp8_reference
 from megatron_xielu.ops.fp8_reference import Blockwise, Current, Delayed, DelayedScale, Scaling
 
@@ -184,13 +185,13 @@ def install(model: nn.Module, settings: FP8Settings) -> nn.Module:
     """Emulate FP8 in every layer of a built model; with recipe off the model is left alone.
 
     Raises:
-        ValueError: the layers are not Megatron's local ones, or are cut by tensor parallelism.
+        UserError: the layers are not Megatron's local ones, or are cut by tensor parallelism.
     """
     if settings.recipe == "off":
         return model
     linears = _linears(model)
     if not linears:
-        raise ValueError(
+        raise UserError(
             "no layer to emulate FP8 in: the emulation replaces the products of Megatron's own "
             "linear layers (--transformer-impl local); TransformerEngine's compute in FP8 by "
             "themselves"
@@ -198,12 +199,12 @@ def install(model: nn.Module, settings: FP8Settings) -> nn.Module:
     for name, linear in linears.items():
         size = linear.config.tensor_model_parallel_size
         if size > 1:
-            raise ValueError(
+            raise UserError(
                 f"{name} is cut into {size} parts by tensor parallelism, whose amaxes the FP8 "
                 "emulation does not exchange; use parallel.tensor_model_parallel_size=1"
             )
         if linear.gradient_accumulation_fusion:
-            raise ValueError(
+            raise UserError(
                 f"{name} adds its gradient to the buffer itself, which the FP8 emulation does not; "
                 "use --no-gradient-accumulation-fusion"
             )

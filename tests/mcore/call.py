@@ -1,4 +1,6 @@
-"""Run functions of `checks` on this rank, with Megatron's groups ready: call.py TP OUT NAME ...
+"""Run functions of `checks` or `fp8_checks` on this rank, Megatron's groups ready.
+
+call.py TP OUT NAME ...
 
 Writes each check's traceback, or null, so that one process serves many tests.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_xielu.mcore import cpu_platform
-from tests.mcore import checks
+from tests.mcore import checks, fp8_checks
 
 
 def main(tp: str, out: str, *names: str) -> None:
@@ -30,7 +32,7 @@ def main(tp: str, out: str, *names: str) -> None:
     for name in names:
         model_parallel_cuda_manual_seed(1)
         try:
-            getattr(checks, name)()
+            getattr(checks if hasattr(checks, name) else fp8_checks, name)()
             results[name] = None
         except Exception:
             results[name] = traceback.format_exc()
