@@ -16,7 +16,7 @@ from megatron_xielu.ops import triton
 from megatron_xielu.ops.family import FAMILY, XIELU, Activation
 
 if TYPE_CHECKING:
-    from megatron_xielu.ops.triton.quantized import Scaling
+    from megatron_xielu.ops.fp8_reference import Scaling
 
 # x in the MLP of the 1.1B recipe, of five sequences of 4096 tokens
 ROWS, COLUMNS = 5 * 4096, 9216
@@ -79,7 +79,7 @@ def _elementwise(
 
 
 def _quantized() -> Iterator[Variant]:
-    from megatron_xielu.ops.triton.quantized import Blockwise, Current, Delayed
+    from megatron_xielu.ops.fp8_reference import Blockwise, Current, Delayed
 
     scale = _meta(1, dtype=torch.float32)
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2

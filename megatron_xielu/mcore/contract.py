@@ -69,6 +69,18 @@ SEAMS = (
         "self query key value attention_mask attn_mask_type",
     ),
     Seam(
+        "megatron.core.tensor_parallel.ColumnParallelLinear.forward",
+        "multiplies through _forward_impl, which the FP8 emulation replaces",
+        "self input_",
+        "output_parallel = self._forward_impl(\n            input=input_parallel,",
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.RowParallelLinear.forward",
+        "multiplies through _forward_impl, which the FP8 emulation replaces",
+        "self input_",
+        "output_parallel = self._forward_impl(\n            input=input_parallel,",
+    ),
+    Seam(
         "megatron.core.transformer.utils.make_sharded_tensors_for_checkpoint",
         "makes the alphas' checkpoint shards",
         "state_dict prefix",

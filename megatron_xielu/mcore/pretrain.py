@@ -25,9 +25,17 @@ from megatron.training.training import pretrain as megatron_pretrain
 from torch import Tensor
 
 from megatron_xielu.errors import UserError
-from megatron_xielu.mcore import contract, cpu_platform, old_alphas, patches, safe_load
+from megatron_xielu.mcore import (
+    contract,
+    cpu_platform,
+    fp8_emulation,
+    old_alphas,
+    patches,
+    safe_load,
+)
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
+from megatron_xielu.mcore.fp8_emulation import FP8Settings
 from megatron_xielu.mcore.health import Health, HealthSettings
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer, is_reporting_rank
@@ -48,6 +56,7 @@ def pretrain(
     async_save: bool = False,
     signals: StopSignals | None = None,
     health: HealthSettings = HealthSettings(),  # noqa: B008 - frozen
+    emulated_fp8: FP8Settings = FP8Settings(),  # noqa: B008 - frozen
 ) -> None:
     """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
 
@@ -62,6 +71,7 @@ def pretrain(
             Megatron's own flags decide.
         signals: what this process was sent so far; None means that it listens from now on.
         health: what to check while the run trains.
+        emulated_fp8: FP8 whose numbers the layers compute with, without a GPU; off by default.
 
     Returns after a stop as well, with a checkpoint saved if training had begun.
 
@@ -96,6 +106,7 @@ def pretrain(
     # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
     model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
     model.pre_wrap_hooks.append(install_on_chunks)
+    model.pre_wrap_hooks.append(partial(fp8_emulation.install_on_chunks, settings=emulated_fp8))
     if args.transformer_impl == "transformer_engine":
         from megatron_xielu.mcore import delayed_scaling
 

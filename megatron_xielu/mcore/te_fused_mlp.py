@@ -38,8 +38,8 @@ from megatron_xielu.mcore import delayed_scaling
 from megatron_xielu.mcore.activation import ParallelXIELU
 from megatron_xielu.ops import library
 from megatron_xielu.ops.family import XIELU
+from megatron_xielu.ops.fp8_reference import Blockwise, Current, Delayed, Quantized, Scaling
 from megatron_xielu.ops.triton import quantized
-from megatron_xielu.ops.triton.quantized import Blockwise, Current, Delayed, Quantized, Scaling
 
 
 class XIELUFusedMLP(TEFusedMLP):

@@ -1,4 +1,4 @@
-"""Run functions of `checks` on this rank, with Megatron's groups ready: call.py TP OUT NAME ...
+"""Run functions of the modules below on this rank, Megatron's groups ready: call.py TP OUT NAME ...
 
 Writes each check's traceback, or what it measured, so that one process serves many tests.
 """
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from megatron_xielu.mcore import cpu_platform
-from tests.mcore import checks, te_checks
+from tests.mcore import checks, fp8_checks, te_checks
+
+MODULES = (checks, fp8_checks, te_checks)
 
 
 def main(tp: str, out: str, *names: str) -> None:
@@ -31,7 +33,7 @@ def main(tp: str, out: str, *names: str) -> None:
     for name in names:
         model_parallel_cuda_manual_seed(1)
         try:
-            check = getattr(checks, name, None) or getattr(te_checks, name)
+            (check,) = (vars(module)[name] for module in MODULES if name in vars(module))
             results[name] = {"error": None, "measured": check()}
         except Exception:
             results[name] = {"error": traceback.format_exc()}

@@ -1,6 +1,6 @@
 """One rank of a pretraining run; writes what it saw as JSON.
 
-pretrain_rank.py RECIPE RUN_DIR OUT [--fault NAME] [-- MEGATRON FLAGS]
+pretrain_rank.py RECIPE RUN_DIR OUT [--fault NAME] [--emulated-fp8 NAME] [-- MEGATRON FLAGS]
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--fault")
+    parser.add_argument("--emulated-fp8", default="off")
     args = parser.parse_args(sys.argv[1:split])
     recipe = load_recipe(args.recipe)
     argv = megatron_args(
@@ -73,6 +74,7 @@ def main() -> None:
     cpu_platform.hide_gpu_libraries()
     import megatron_xielu.mcore.activation as activation
     import megatron_xielu.mcore.pretrain as pretrain
+    from megatron_xielu.mcore.fp8_emulation import FP8Settings
     from megatron_xielu.mcore.health import HealthSettings
 
     if args.fault:
@@ -91,6 +93,7 @@ def main() -> None:
         alpha_lr_mult=recipe.xielu.lr_mult,
         # a planted fault runs to the end, so that its size can be seen
         health=HealthSettings(every=0 if args.fault else recipe.health.every),
+        emulated_fp8=FP8Settings(args.emulated_fp8),
     )
     alphas = {
         number: [

@@ -21,17 +21,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from megatron_xielu.ops import fp8_reference
+from megatron_xielu.ops.fp8_reference import Blockwise, Delayed, amax_of, block_scales
 from megatron_xielu.ops.reference import REFERENCES
 from megatron_xielu.ops.triton import quantized
-from megatron_xielu.ops.triton.quantized import Blockwise, Delayed
-from tests.ops.triton_quantized_interpreted import (
-    EPS,
-    amax_of,
-    block_oracle,
-    compare,
-    fp8,
-    largest,
-)
+from tests.ops.triton_quantized_interpreted import EPS, compare, fp8, largest
 
 # neither tokens nor columns are multiples of a block
 TOKENS, HIDDEN, FFN = (17, 8), 32, 144
@@ -157,7 +151,7 @@ def stood_in(fuser: Fuser) -> Iterator[None]:
 
     def quantize(quantizer: Any, tensor: Tensor) -> Any:
         fuser.cast.append(quantizer)
-        return by_oracle(quantizer, tensor.detach().double().flatten(0, -2), tensor)
+        return by_oracle(quantizer, tensor)
 
     kinds = (
         te_tensor.Float8Quantizer,
@@ -243,33 +237,24 @@ def make_empty(quantizer: Any, shape: Any, *, dtype: Any, device: Any) -> Any:
     )
 
 
-def by_oracle(quantizer: Any, values: Tensor, like: Tensor) -> Any:
-    """What a quantizer makes of float64 values [M, K], in the tensors that it would return."""
+def by_oracle(quantizer: Any, tensor: Tensor) -> Any:
+    """What a quantizer makes of a tensor [..., K], in the tensors that it would return."""
     from megatron_xielu.mcore.te_fused_mlp import scaling_of
 
-    result = quantizer.make_empty(like.shape, dtype=like.dtype, device="cpu")
+    result = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     own = copy(quantizer)
     # a test's subclass of it is for ours to refuse
     own.__class__ = next(kind for kind in type(own).__mro__ if kind.__module__ != __name__)
-    scaling = scaling_of(own, like)
+    scaling = scaling_of(own, tensor)
     assert scaling is not None
-    row, column, scale_inv, scale_inv_t = parts(result)
-    for data, matrix, inverse in ((row, values, scale_inv), (column, values.T, scale_inv_t)):
-        if data is None:
-            continue
-        if isinstance(scaling, Blockwise):
-            scale, inverted = block_oracle(matrix, scaling)
-            inverse.copy_(inverted)
-        elif isinstance(scaling, Delayed):
-            scale = scaling.scale.double()
-            inverse.copy_(1 / scaling.scale)
-            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax_of(matrix).max().float()))
-        else:
-            amax = amax_of(matrix).max().float().clamp(min=scaling.epsilon)
-            single = largest(scaling.dtype) / amax
-            inverse.copy_(1 / single)
-            scale = single.double()
-        data.copy_(fp8(matrix * scale, scaling.dtype).to(scaling.dtype))
+    expected = fp8_reference.quantize(tensor.detach().flatten(0, -2), scaling)
+    for own_part, part in zip(parts(result), expected, strict=False):
+        if own_part is not None:
+            assert part is not None
+            own_part.copy_(part)
+    if isinstance(scaling, Delayed):
+        assert expected.amax is not None
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, expected.amax))
     return result
 
 
@@ -303,13 +288,13 @@ def check_against_oracle(name: str, found: Any, exact: Tensor, scaling: Any) -> 
         (column, exact.T, slack.T, scale_inv_t),
     ):
         if isinstance(scaling, Blockwise):
-            scale, expected = block_oracle(values, scaling)
+            scale, expected = block_scales(values, scaling)
             assert torch.equal(inverse.double(), expected), f"{name}: scales"
         elif isinstance(scaling, Delayed):
             assert torch.equal(inverse, 1 / scaling.scale.reshape(1)), f"{name}: scale"
             scale = scaling.scale.double()
         else:
-            single = largest(scaling.dtype).double() / amax_of(exact).max()
+            single = largest(scaling.dtype).double() / amax_of(exact)
             torch.testing.assert_close(inverse.double(), 1 / single, rtol=8 * EPS, atol=0)
             scale, room = 1 / inverse.double(), room + 8 * EPS * values.abs()
         off += compare(data, values, room, scale, scaling.dtype)
@@ -358,7 +343,7 @@ def transformer_engine_writes_fp8_between_the_linears() -> dict[str, float]:
             states = fuser.fc2._fp8_metas["forward"], fuser.fc1._fp8_metas["backward"]
             for what, state, mode in zip(("y", "grad_x"), states, ("fwd", "bwd"), strict=True):
                 history = state[f"scaling_{mode}"].amax_history[:, 0].double()
-                amax = amax_of(exact[what]).max()
+                (amax,) = amax_of(exact[what])
                 # TransformerEngine moves the newest to the end
                 torch.testing.assert_close(history[-1], amax, rtol=8 * EPS, atol=0)
         check_alphas(fuser, exact["alphas"])

@@ -26,17 +26,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_xielu.ops import fp8_reference
 from megatron_xielu.ops.family import FAMILY, RELU2, XIELU, XIPRELU, Activation
-from megatron_xielu.ops.reference import REFERENCES
-from megatron_xielu.ops.triton import quantized
-from megatron_xielu.ops.triton.quantized import (
+from megatron_xielu.ops.fp8_reference import (
     Blockwise,
     Current,
     Delayed,
     Quantized,
     Scaling,
-    allocate,
+    block_scales,
 )
+from megatron_xielu.ops.reference import REFERENCES
+from megatron_xielu.ops.triton import quantized
+from megatron_xielu.ops.triton.quantized import allocate
 from megatron_xielu.ops.triton.quantized_kernels import scale_of
 
 DEVICE = sys.argv[2] if __name__ == "__main__" else "cpu"
@@ -171,10 +173,6 @@ def largest(dtype: torch.dtype) -> Tensor:
     return torch.tensor([FORMATS[dtype][2]], device=DEVICE)
 
 
-def amax_of(values: Tensor) -> Tensor:
-    return values.abs().nan_to_num(nan=0.0, posinf=math.inf)
-
-
 def relative(got: Tensor, want: Tensor) -> float:
     return float(abs(got.double() / want.double() - 1).max())
 
@@ -264,9 +262,7 @@ def current_scaling() -> dict[str, float]:
                 out.amax.fill_(1e9)
                 check_sums(each, each.run(scaling, out))
                 errors.append(relative(out.amax, each.exact.abs().max()))
-                scale = largest(scaling.dtype) / out.amax
-                if scaling.power_of_two:
-                    scale = torch.exp2(scale.log2().floor())
+                scale = fp8_reference.scale_of(out.amax, scaling)
                 assert torch.equal(out.rowwise_scale_inv, 1 / scale)
                 check_transpose(out)
                 off += compare(out.rowwise, each.exact, each.slack, scale.double(), scaling.dtype)
@@ -290,29 +286,6 @@ def current_scaling() -> dict[str, float]:
     }
 
 
-def oracle_scale(amax: Tensor, scaling: Blockwise) -> Tensor:
-    """float64 scales of float64 maxima."""
-    amax = amax.clamp(min=scaling.epsilon)
-    plain = (amax == 0) | amax.isinf()
-    scale = FORMATS[scaling.dtype][2] / torch.where(plain, 1.0, amax)
-    if scaling.power_of_two:
-        _, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), (exponent - 1).clamp(max=127))
-    return torch.where(plain, 1.0, scale)
-
-
-def block_oracle(values: Tensor, scaling: Blockwise) -> tuple[Tensor, Tensor]:
-    """The scale of every element of `values` [M, K], and scale_inv in its layout, for its rows."""
-    rows, columns = values.shape
-    tall = 128 if scaling.square else 1
-    padded = F.pad(amax_of(values), (0, -columns % 128, 0, -rows % tall))
-    blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, tall)).amax((1, 3))
-    scale = oracle_scale(blocks, scaling)
-    spread = scale.repeat_interleave(tall, 0).repeat_interleave(128, 1)[:rows, :columns]
-    inverse = 1 / scale if scaling.square else (1 / scale).T
-    return spread, F.pad(inverse, (0, -inverse.shape[1] % 4))
-
-
 def check_blocks(each: Case, scaling: Blockwise) -> tuple[int, list[Tensor]]:
     """How many bytes are only within round-off of being right, and the alphas' gradients."""
     out = unrounded(each.x, scaling)
@@ -322,7 +295,7 @@ def check_blocks(each: Case, scaling: Blockwise) -> tuple[int, list[Tensor]]:
         (each.exact, each.slack, out.rowwise, out.rowwise_scale_inv),
         (each.exact.T, each.slack.T, out.columnwise, out.columnwise_scale_inv),
     ):
-        scale, inverse = block_oracle(values, scaling)
+        scale, inverse = block_scales(values, scaling)
         if scaling.power_of_two:
             assert torch.equal(scale_inv.double(), inverse)
         else:

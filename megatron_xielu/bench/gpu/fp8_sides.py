@@ -32,6 +32,7 @@ from megatron_xielu.bench.gpu.sides import (
 )
 from megatron_xielu.ops.dispatch import Impl
 from megatron_xielu.ops.family import XIELU
+from megatron_xielu.ops.fp8_reference import Delayed
 from megatron_xielu.ops.reference import xielu_as_published
 from megatron_xielu.ops.triton import quantized
 
@@ -71,7 +72,7 @@ def cast_and_transpose(
 def _fused(problem: Problem, scales: dict[torch.dtype, Tensor]) -> Side:
     """Ours in one pass."""
     x, grad_y, alphas = problem.x, problem.grad_y, problem.alphas
-    scaling = {dtype: quantized.Delayed(scale, dtype) for dtype, scale in scales.items()}
+    scaling = {dtype: Delayed(scale, dtype) for dtype, scale in scales.items()}
     out = {dtype: quantized.allocate(x, scaling[dtype]) for dtype in scales}
 
     def result(dtype: torch.dtype) -> Float8:

@@ -9,7 +9,8 @@ a wider type: 4 bytes of traffic per element forward and 6 backward where x is b
 with the format's largest value L, 448 for float8_e4m3fn and 57344 for float8_e5m2. The rounding is
 to nearest, ties to even, from float32 arithmetic that no rounding to x's type interrupts; nan stays
 nan and infinities saturate. How `scale` is found is one of `Delayed`, `Current` and `Blockwise`.
-The layouts and scales are those of TransformerEngine's quantizers of the same names.
+The layouts and scales are those of TransformerEngine's quantizers of the same names;
+`ops.fp8_reference` has all of it in plain torch.
 
 An amax is a largest magnitude, nan not counted: it is computed from the unrounded, unscaled values.
 Every sum and maximum has two stages in a fixed order, so the same input gives the same bits. FP8
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from megatron_xielu.ops import triton as kernels
 from megatron_xielu.ops.family import Activation
+from megatron_xielu.ops.fp8_reference import Blockwise, Current, Delayed, Quantized, Scaling
 from megatron_xielu.ops.triton.elementwise import alpha_gradients, by_coefficient
 from megatron_xielu.ops.triton.quantized_kernels import finish_kernel, tile_kernel
 
@@ -55,87 +57,6 @@ TENSOR_TILE = Tile(128, 64, warps=4, registers=None)
 BLOCK_TILE = Tile(128, 128, warps=8, registers=128)
 FINISH_BLOCK, FINISH_WARPS = 4096, 8
 _DATA = ("rowwise", "columnwise")
-
-
-@dataclass(frozen=True)
-class Delayed:
-    """One scale, chosen from the amax of earlier tensors: one pass.
-
-    Attributes:
-        scale: float32, one element, on x's device.
-        dtype: float8_e4m3fn or float8_e5m2.
-    """
-
-    scale: Tensor
-    dtype: torch.dtype = torch.float8_e4m3fn
-
-    mode: ClassVar[str] = "tensor"
-    power_of_two: ClassVar[bool] = False
-    epsilon: ClassVar[float] = 0.0
-
-
-@dataclass(frozen=True)
-class Current:
-    """One scale, L / amax of the tensor itself: two passes, the first of which only reads.
-
-    Attributes:
-        dtype: float8_e4m3fn or float8_e5m2.
-        power_of_two: round the scale down to one.
-        epsilon: an amax below this counts as this.
-    """
-
-    dtype: torch.dtype = torch.float8_e4m3fn
-    power_of_two: bool = False
-    epsilon: float = 0.0
-
-    mode: ClassVar[str] = "tensor"
-
-
-@dataclass(frozen=True)
-class Blockwise:
-    """A scale L / amax for every block: one pass.
-
-    Attributes:
-        dtype: float8_e4m3fn or float8_e5m2.
-        square: blocks of 128 x 128, else of 1 x 128, which are 128 elements of a row in rowwise
-            data and 128 of a column in columnwise data.
-        power_of_two: round the scales down to one.
-        epsilon: an amax below this counts as this.
-    """
-
-    dtype: torch.dtype = torch.float8_e4m3fn
-    square: bool = False
-    power_of_two: bool = True
-    epsilon: float = 0.0
-
-    @property
-    def mode(self) -> str:
-        return "tile" if self.square else "row"
-
-
-Scaling = Delayed | Current | Blockwise
-
-
-class Quantized(NamedTuple):
-    """The tensors that a result of M rows and K columns is written to; None is left out.
-
-    Attributes:
-        rowwise: data [M, K], in the scaling's dtype or as uint8. In float32 it is scaled and
-            clamped but not rounded, for tests without a GPU.
-        columnwise: the same transposed, [K, M].
-        rowwise_scale_inv, columnwise_scale_inv: float32. Delayed and Current: one element, best the
-            same tensor for both. Blockwise, with B(n) = ceil(n / 128) and P(n) = n rounded up to a
-            multiple of 4, whose excess is left alone: [B(K), P(M)] and [B(M), P(K)], or for square
-            blocks [B(M), P(B(K))] and [B(K), P(B(M))].
-        amax: float32, one element, not for Blockwise. Delayed: raised to this tensor's amax where
-            it is below, as a history over micro-batches needs it. Current: set to it.
-    """
-
-    rowwise: Tensor | None = None
-    columnwise: Tensor | None = None
-    rowwise_scale_inv: Tensor | None = None
-    columnwise_scale_inv: Tensor | None = None
-    amax: Tensor | None = None
 
 
 def unavailable(x: Tensor) -> str | None:
