@@ -106,6 +106,11 @@ def pretrain(
     # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
     model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
     model.pre_wrap_hooks.append(install_on_chunks)
+    if emulated_fp8.recipe != "off":
+        listener.note(
+            f"FP8 is emulated ({emulated_fp8.recipe}, {emulated_fp8.format}): its numbers at a "
+            "higher cost than without it"
+        )
     model.pre_wrap_hooks.append(partial(fp8_emulation.install_on_chunks, settings=emulated_fp8))
     if args.transformer_impl == "transformer_engine":
         from megatron_xielu.mcore import delayed_scaling

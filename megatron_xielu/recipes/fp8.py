@@ -57,6 +57,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 def _modes(recipe: Recipe) -> Iterator[str]:
     name = f"fp8.recipe={recipe.fp8.recipe}"
+    if recipe.fp8.emulate:
+        yield from _emulated(recipe)
+        return
     if recipe.training.precision == "fp32":
         yield (
             f"training.precision=fp32 cannot go with {name}, which quantizes bf16; "
@@ -79,6 +82,36 @@ def _modes(recipe: Recipe) -> Iterator[str]:
             f"xielu.recompute=true cannot go with {name} and fp8.fused=false: fc2 keeps an FP8 "
             "copy of xIELU's output of its own; legal: fp8.fused=true, or xielu.recompute=false"
         )
+
+
+def _emulated(recipe: Recipe) -> Iterator[str]:
+    tp = recipe.parallel.tensor_model_parallel_size
+    for setting, is_wrong, legal in (
+        (
+            f"fp8.recipe={recipe.fp8.recipe}",
+            recipe.fp8.recipe == "mxfp8",
+            "delayed, tensorwise or blockwise",
+        ),
+        (
+            "model.transformer_impl=transformer_engine",
+            recipe.model.transformer_impl == "transformer_engine",
+            "local or auto",
+        ),
+        (f"parallel.tensor_model_parallel_size={tp}", tp > 1, "1"),
+        ("fp8.param_gather=true", recipe.fp8.param_gather, "false"),
+        (
+            f"fp8.bf16_layers_at_start={recipe.fp8.bf16_layers_at_start}",
+            recipe.fp8.bf16_layers_at_start > 0,
+            "0",
+        ),
+        (
+            f"fp8.bf16_layers_at_end={recipe.fp8.bf16_layers_at_end}",
+            recipe.fp8.bf16_layers_at_end > 0,
+            "0",
+        ),
+    ):
+        if is_wrong:
+            yield f"{setting} is not part of what fp8.emulate=true emulates; legal: {legal}"
 
 
 def _layers(recipe: Recipe) -> Iterator[str]:

@@ -181,7 +181,7 @@ def _precision(precision: str) -> Flags:
 
 
 def _fp8(fp8: FP8) -> Flags:
-    if fp8.recipe == "off":
+    if fp8.recipe == "off" or fp8.emulate:
         return {}
     flags: dict[str, str | int | float | bool | Path] = {
         "--fp8-format": fp8_format(fp8),

@@ -86,6 +86,9 @@ class FP8:
     reads it out of FP8; needs fused."""
     fused: bool = True
     """xIELU writes FP8 itself, as an operation of TransformerEngine's fuser."""
+    emulate: bool = False
+    """Compute with what FP8 leaves of the numbers in Megatron's local layers instead, on any
+    machine; see docs/fp8-emulation.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
 from megatron_xielu.errors import UnhealthyRun, UserError
-from megatron_xielu.recipes import Recipe, check, load_recipe, megatron_args, to_yaml
+from megatron_xielu.recipes import Recipe, check, fp8_format, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir, transformer_engine
 from megatron_xielu.training.changes import check_keys
@@ -292,6 +292,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
             store=run_dir.store(job.run_dir, job.recipe),
             async_save=job.recipe.checkpoint.async_save,
             signals=signals,
+            emulated_fp8=_emulated_fp8(job.recipe),
             health=HealthSettings(**dataclasses.asdict(job.recipe.health)),
         )
         listener.check_saved()
@@ -300,6 +301,22 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
 
 class SaveError(Exception):
     """The run is over and its last state could not be saved."""
+
+
+def _emulated_fp8(recipe: Recipe) -> Any:
+    from megatron_xielu.mcore.fp8_emulation import FP8Settings
+
+    fp8 = recipe.fp8
+    # the check of the recipe has refused mxfp8
+    if not fp8.emulate or fp8.recipe == "off" or fp8.recipe == "mxfp8":
+        return FP8Settings()
+    return FP8Settings(
+        fp8.recipe,
+        fp8_format(fp8),
+        fp8.amax_history_len,
+        fp8.amax_compute_algo,
+        fp8.fc2_input,
+    )
 
 
 class _Listener:

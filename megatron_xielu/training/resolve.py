@@ -77,10 +77,13 @@ def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recip
 
 def _transformer_impl(recipe: Recipe, machine: Machine) -> Literal["local", "transformer_engine"]:
     impl, fp8 = recipe.model.transformer_impl, recipe.fp8.recipe
+    if fp8 != "off" and recipe.fp8.emulate and impl != "transformer_engine":
+        return "local"
     if machine.device == "cpu" and fp8 != "off":
         raise UserError(
-            f"fp8.recipe={fp8} cannot run here: there is no GPU. Set fp8.recipe=off; "
-            "--dry-run --for-gpu makes a plan for GPUs on any machine."
+            f"fp8.recipe={fp8} cannot run here: there is no GPU. Set fp8.recipe=off, or "
+            "fp8.emulate=true for its numbers at a CPU's speed; --dry-run --for-gpu makes a plan "
+            "for GPUs on any machine."
         )
     if impl == "local" or (impl == "auto" and machine.device == "cpu"):
         return "local"

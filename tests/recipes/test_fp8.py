@@ -255,6 +255,28 @@ RULES = [
         "FP8 copy of xIELU's output of its own; legal: fp8.fused=true, or xielu.recompute=false",
     ),
     (
+        ["fp8.recipe=delayed", "fp8.emulate=true"],
+        "parallel.tensor_model_parallel_size=2 is not part of what fp8.emulate=true emulates; "
+        "legal: 1",
+    ),
+    *(
+        (
+            [f"fp8.recipe={name}", "fp8.emulate=true", one_rank, setting],
+            f"{setting} is not part of what fp8.emulate=true emulates; legal: {legal}",
+        )
+        for one_rank in ["parallel.tensor_model_parallel_size=1"]
+        for name, setting, legal in (
+            ("mxfp8", "fp8.recipe=mxfp8", "delayed, tensorwise or blockwise"),
+            ("delayed", "fp8.param_gather=true", "false"),
+            ("blockwise", "fp8.bf16_layers_at_end=1", "0"),
+            (
+                "blockwise",
+                "model.transformer_impl=transformer_engine",
+                "local or auto",
+            ),
+        )
+    ),
+    (
         ["fp8.bf16_layers_at_start=-1"],
         "fp8.bf16_layers_at_start=-1 must not be negative; nearest legal: 0",
     ),

@@ -20,6 +20,7 @@ IN_RESULT = {
     "fp8.amax_history_len": "16",
     "fp8.amax_compute_algo": "most_recent",
     "fp8.fc2_input": "bf16",
+    "fp8.emulate": "true",
 }
 
 

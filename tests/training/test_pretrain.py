@@ -218,6 +218,20 @@ def test_the_alphas_own_learning_rate(data_dir: Path, tmp_path: Path) -> None:
     assert moves[1] > 5 * moves[0]
 
 
+def test_fp8_is_emulated_without_a_gpu(data_dir: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name in ("off", "blockwise"):
+        folder = tmp_path / name
+        done = run(command(folder, data_dir, f"fp8.recipe={name}", "fp8.emulate=true"))
+        assert done.returncode == 0, done.stderr
+        assert ("FP8 is emulated (blockwise, e4m3)" in done.stdout) == (name == "blockwise")
+        losses[name] = [r["loss"] for r in metrics(folder) if r["type"] == "train"]
+    print(losses)
+    # a product's relative error is about that of e4m3, 2^-4, and the loss's far below
+    for plain, emulated in zip(*losses.values(), strict=True):
+        assert 0 < abs(plain - emulated) < 2**-4 * plain
+
+
 @pytest.mark.te
 def test_a_machine_with_transformer_engine_and_no_gpu(data_dir: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("transformer_engine") is None or torch.cuda.is_available():
@@ -269,8 +283,9 @@ def test_fp8_on_a_machine_without_a_gpu(data_dir: Path, tmp_path: Path) -> None:
     for dry_run in ([], ["--dry-run"]):
         words = [*command(tmp_path / "run", data_dir, "fp8.recipe=tensorwise"), *dry_run]
         assert refused(words) == (
-            "error: fp8.recipe=tensorwise cannot run here: there is no GPU. Set fp8.recipe=off; "
-            "--dry-run --for-gpu makes a plan for GPUs on any machine.\n"
+            "error: fp8.recipe=tensorwise cannot run here: there is no GPU. Set fp8.recipe=off, or "
+            "fp8.emulate=true for its numbers at a CPU's speed; --dry-run --for-gpu makes a plan "
+            "for GPUs on any machine.\n"
         )
     assert not (tmp_path / "run").exists()
 
