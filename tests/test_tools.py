@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +38,41 @@ def test_a_benchmark_ends_with_ratios(script: str, arguments: list[str], ratio: 
     found = re.findall(ratio, done.stdout)
     assert found
     assert all(float(text) > 0 for text in found)
+
+
+def test_the_fp8_curves_are_drawn_from_the_table_in_the_documents(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs/benchmarks/fp8_emulation.csv", tmp_path / "curves.csv")
+    command = [sys.executable, str(ROOT / "tools/fp8_emulation.py"), "--draw"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "curves")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.count("\n") == 11
+    assert done.stdout in (ROOT / "docs/fp8-emulation.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_an_fp8_run_reports_every_interval(tmp_path: Path) -> None:
+    from megatron_xielu.data.prepare import prepare
+
+    prepare(tmp_path / "data", vocab_size=512)
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "tools/fp8_emulation.py"), "--folder", str(tmp_path)),
+            *("--one", "swiglu", "blockwise", "1", "1"),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["step"] for row in rows] == list(range(10, 301, 10))
+    assert rows[-1]["held_out_loss"] < rows[0]["loss"]
+    assert all(0 <= row["gradients_flushed"] < 1 for row in rows)

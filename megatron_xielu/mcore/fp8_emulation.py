@@ -10,8 +10,8 @@ bf16 too) by ones whose operands went through FP8 and back:
 
 X and W are e4m3, and G is e5m2 under `hybrid`. Blocks of 1 x 128 lie along the dimension that a
 product sums over, so under `blockwise` X and G have other values by rows (forward, dx) than by
-columns (dW). The products are those of float32, rounded once to the type of the layer. docs/
-fp8-emulation.md says what of the real thing this leaves out.
+columns (dW). The products are those of float32, rounded once to the type of the layer. What of the
+real thing this leaves out, docs/fp8-emulation.md says.
 """
 
 from __future__ import annotations

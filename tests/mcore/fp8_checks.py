@@ -95,7 +95,8 @@ def the_error_of_a_product_is_that_of_its_operands_formats() -> None:
     from megatron_xielu.mcore.fp8_emulation import EmulatedProduct
 
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(512, 512, generator=generator), torch.randn(384, 512)
+    x = torch.randn(512, 512, generator=generator)
+    weight = torch.randn(384, 512, generator=generator)
     exact = x.double() @ weight.double().T
     for recipe in ("tensorwise", "blockwise"):
         y = EmulatedProduct(settings(recipe))(x, weight, None)

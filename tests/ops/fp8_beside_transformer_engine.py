@@ -1,6 +1,6 @@
 """Our FP8 in plain torch beside what TransformerEngine has in Python, which needs no GPU.
 
-It leaves to its kernels: blocks, saturation and infinite maxima.
+It leaves to its kernels: the values of blocks, saturation and infinite maxima.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from transformer_engine.pytorch.custom_recipes.reference_current_scaling import 
     CurrentScalingQuantizerRef,
 )
 from transformer_engine.pytorch.quantization import _amax_and_scale_update
+from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+from transformer_engine.pytorch.tensor.float8_tensor import tex
 
-from megatron_xielu.ops.fp8_reference import LARGEST, Current, DelayedScale, quantize
+from megatron_xielu.ops.fp8_reference import LARGEST, Blockwise, Current, DelayedScale, quantize
 
 
 def current_scaling() -> int:
@@ -67,6 +69,32 @@ def delayed_scaling() -> int:
     return count
 
 
+def shapes_of_blocks() -> int:
+    """How scale_inv lies in both orientations; the defaults are powers of two and no epsilon."""
+    count = 0
+    for square in (False, True):
+        theirs = Float8BlockQuantizer(
+            tex.DType.kFloat8E4M3,
+            rowwise=True,
+            columnwise=True,
+            block_scaling_dim=1 + square,
+        )
+        scaling = Blockwise(square=square)
+        assert theirs.force_pow_2_scales == scaling.power_of_two
+        assert theirs.amax_epsilon == scaling.epsilon
+        for shape in ((3, 130), (130, 260), (128, 128), (1, 1), (1025, 77)):
+            ours = quantize(torch.ones(shape), scaling)
+            for found, columnwise in (
+                (ours.rowwise_scale_inv, False),
+                (ours.columnwise_scale_inv, True),
+            ):
+                assert found is not None
+                assert tuple(found.shape) == tuple(theirs.get_scale_shape(shape, columnwise))
+                count += 1
+    return count
+
+
 if __name__ == "__main__":
     print(f"current scaling: {current_scaling()} bytes equal")
     print(f"delayed scaling: {delayed_scaling()} scales equal")
+    print(f"blocks: {shapes_of_blocks()} shapes equal")
