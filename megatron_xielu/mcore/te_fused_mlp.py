@@ -35,7 +35,6 @@ from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
 from transformer_engine.pytorch.utils import clear_tensor_data
 
 from megatron_xielu.mcore import delayed_scaling
-from megatron_xielu.mcore.activation import ParallelXIELU
 from megatron_xielu.ops import library
 from megatron_xielu.ops.family import XIELU
 from megatron_xielu.ops.fp8_reference import Blockwise, Current, Delayed, Quantized, Scaling
@@ -46,7 +45,6 @@ class XIELUFusedMLP(TEFusedMLP):
     """Megatron's MLP over TransformerEngine's operation fuser, with xIELU."""
 
     def _make_activation_op(self, activation_func: Callable[..., Any], *_: bool) -> BasicOperation:
-        assert isinstance(activation_func, ParallelXIELU)
         return XIELUOp(activation_func)
 
     def _make_fused_impl(self) -> Sequential:
@@ -64,10 +62,10 @@ class XIELUOp(BasicOperation):
     """xIELU between two operations of TransformerEngine.
 
     Args:
-        activation: the module whose parameters it trains; both hold the same parameters.
+        activation: the `ParallelXIELU` whose parameters it trains; both hold the same ones.
     """
 
-    def __init__(self, activation: ParallelXIELU) -> None:
+    def __init__(self, activation: Any) -> None:
         super().__init__()
         self.alpha_p, self.alpha_n = activation.alpha_p, activation.alpha_n
         self.beta, self.impl = activation.beta, activation.impl

@@ -247,7 +247,20 @@ def _activation(job: Job) -> str:
         found = describe(job.machine.device, dtype, recipe.xielu.impl)
     except ValueError as error:
         raise UserError(f"xielu.impl={recipe.xielu.impl} cannot be used: {error}") from error
-    return f"xIELU by {found}"
+    return f"xIELU by {found}{_fp8_results(recipe)}"
+
+
+def _fp8_results(recipe: Recipe) -> str:
+    """Who writes what the MLP's second product reads under FP8."""
+    fp8 = recipe.fp8
+    if fp8.recipe == "off" or fp8.emulate:
+        return ""
+    if fp8.fc2_input == "bf16":
+        return ", in bf16 for fc2 (fp8.fc2_input)"
+    if fp8.fused and fp8.recipe != "mxfp8":
+        return f", in FP8 for fc2, and for fc1 in backward ({fp8.recipe} scaling)"
+    reason = "has no kernel of ours" if fp8.fused else "fp8.fused=false"
+    return f", in bf16, which TransformerEngine casts to FP8 ({fp8.recipe}: {reason})"
 
 
 def _claim(job: Job) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import load_recipe
+from megatron_xielu.training.pretrain import _fp8_results
 from megatron_xielu.training.resolve import Machine, resolve
 from megatron_xielu.training.transformer_engine import NEEDS, Found, can_run, check, install_command
 from tests.ranks import environment
@@ -327,3 +328,30 @@ def asked(program: str, question: object) -> object:
         pytest.skip("needs TransformerEngine")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["fp8.recipe=off"], ""),
+        (["fp8.recipe=blockwise", "fp8.emulate=true"], ""),
+        (
+            ["fp8.recipe=blockwise"],
+            ", in FP8 for fc2, and for fc1 in backward (blockwise scaling)",
+        ),
+        (
+            ["fp8.recipe=mxfp8"],
+            ", in bf16, which TransformerEngine casts to FP8 (mxfp8: has no kernel of ours)",
+        ),
+        (
+            ["fp8.recipe=delayed", "fp8.fused=false"],
+            ", in bf16, which TransformerEngine casts to FP8 (delayed: fp8.fused=false)",
+        ),
+        (
+            ["fp8.recipe=delayed", "fp8.fc2_input=bf16"],
+            ", in bf16 for fc2 (fp8.fc2_input)",
+        ),
+    ],
+)
+def test_a_run_says_who_writes_fp8(settings: list[str], text: str) -> None:
+    assert _fp8_results(load_recipe("tiny", settings)) == text
