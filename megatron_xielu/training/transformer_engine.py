@@ -19,25 +19,7 @@ from megatron_xielu.errors import UserError
 MIN_VERSION = Version("2.17")
 """The first whose operation fuser takes joint fusions from outside."""
 
-# torch first: the package finds NCCL and cuDNN among the libraries that torch has loaded
-_PROBE = """
-import importlib.metadata, json, torch
-found = {"cuda": torch.version.cuda, "version": None, "error": None, "gpus": []}
-try:
-    found["version"] = importlib.metadata.version("transformer_engine")
-except importlib.metadata.PackageNotFoundError:
-    pass
-try:
-    import transformer_engine
-    found["version"] = getattr(transformer_engine, "__version__", found["version"])
-    import transformer_engine.pytorch
-except Exception as error:
-    found["error"] = f"{type(error).__name__}: {error}"
-for index in range(torch.cuda.device_count()):
-    capability = torch.cuda.get_device_capability(index)
-    found["gpus"].append([torch.cuda.get_device_name(index), *capability])
-print(json.dumps(found))
-"""
+_PROBE = "megatron_xielu.mcore.te_probe"
 
 
 @dataclass(frozen=True)
@@ -82,7 +64,7 @@ class Found:
 
 def probe() -> Found:
     """Imports TransformerEngine in another process; takes a few seconds."""
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", _PROBE], capture_output=True, text=True)
     if done.returncode:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
         said = done.stderr.strip().splitlines()[-1:]
