@@ -37,7 +37,7 @@ from megatron_xielu.mcore.layer_specs import (
 )
 from megatron_xielu.mcore.norm import RMSNorm
 from megatron_xielu.mcore.observer import LOSS
-from megatron_xielu.mcore.pretrain import loss_function
+from megatron_xielu.mcore.pretrain import forward_tokens
 
 # the gated MLP has 3 matrices where the others have 2: equal parameters
 FFN_HIDDEN_SIZE = {"xielu": 768, "relu2": 768, "swiglu": 512}
@@ -118,7 +118,7 @@ class Training:
     def _pass(self, batch: Tensor, *, forward_only: bool = False) -> float:
         size = GLOBAL_BATCH // self.run.micro_batches
         reported = get_forward_backward_func()(
-            forward_step_func=_forward,
+            forward_step_func=forward_tokens,
             data_iterator=[iter(batch.split(size))],
             model=self._chunks,
             num_microbatches=self.run.micro_batches,
@@ -229,12 +229,3 @@ def _windows(tokens: Tokens, generator: torch.Generator) -> Tensor:
     return torch.from_numpy(
         np.stack([tokens[start : start + SEQ_LENGTH + 1] for start in starts.tolist()])
     ).long()
-
-
-def _forward(data: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
-    tokens = next(data)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
-    mask = torch.ones_like(inputs, dtype=torch.float32)
-    output = chunk(inputs, positions, None, labels=labels, loss_mask=mask)
-    return output, partial(loss_function, mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from functools import partial
 from typing import Any
@@ -172,6 +172,16 @@ def forward_step(data_iterator: Any, model: GPTModel) -> tuple[Tensor, Any]:
         loss_mask=batch["loss_mask"],
     )
     return output, partial(loss_function, batch["loss_mask"])
+
+
+def forward_tokens(data: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
+    """`forward_step` for batches that are nothing but tokens, on every stage: [batch, seq + 1]."""
+    tokens = next(data)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
+    mask = torch.ones_like(inputs, dtype=torch.float32)
+    output = chunk(inputs, positions, None, labels=labels, loss_mask=mask)
+    return output, partial(loss_function, mask)
 
 
 def loss_function(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

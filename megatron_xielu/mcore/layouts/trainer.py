@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from megatron_xielu.mcore import patches
 from megatron_xielu.mcore.layouts import model as models
 from megatron_xielu.mcore.layouts.compare import Step, parameter_of
 from megatron_xielu.mcore.layouts.grid import Layout, Model
+from megatron_xielu.mcore.observer import LOSS
+from megatron_xielu.mcore.pretrain import forward_tokens
 
 GLOBAL_BATCH = 8
 # the fewest that a virtual pipeline of two stages takes
@@ -94,7 +95,7 @@ class Trainer:
         first = parallel_state.get_data_parallel_rank() * share
         micro_batches = tokens[first : first + share].cuda().split(self.micro_batch)
         reported = get_forward_backward_func()(
-            forward_step_func=_forward,
+            forward_step_func=forward_tokens,
             # every chunk of a virtual pipeline reads the batch from its beginning
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
@@ -248,26 +249,11 @@ def _optimizer(layout: Layout, chunks: list[Any]) -> tuple[Any, OptimizerParamSc
     return optimizer, scheduler
 
 
-def _forward(data: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
-    tokens = next(data)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
-    mask = torch.ones_like(inputs, dtype=torch.float32)
-    output = chunk(inputs, positions, None, labels=labels, loss_mask=mask)
-    return output, partial(_loss, mask)
-
-
-def _loss(mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    loss = (output.float() * mask).sum()
-    count = mask.sum().to(torch.int)
-    return loss, count, {"loss": torch.stack((loss.detach(), count.float()))}
-
-
 def _mean_loss(reported: list[dict[str, Tensor]]) -> float:
     """Of all tokens; in float64, so that reporting adds no round-off of its own."""
     total = torch.zeros(2, dtype=torch.float64, device="cuda")
     for entry in reported:
-        total += entry["loss"].double()
+        total += entry[LOSS].double()
     # only the last stages have a loss; the other ranks add zeros, tensor-parallel copies cancel
     torch.distributed.all_reduce(total)
     return float(total[0] / total[1])
