@@ -2,7 +2,7 @@
 
 TransformerEngine's own fuser, linears, recipes, quantizers and tensors run. Stood in for are what
 needs a GPU: the GEMM, the cast that a quantizer launches and the allocation that asks the driver,
-by float64 and the oracle of tests/ops; and the last rounding to FP8, which the interpreter of
+by float64 and ops/fp8_reference.py; and the last rounding to FP8, which the interpreter of
 Triton does not do as GPUs do.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
@@ -77,7 +77,7 @@ class Fuser:
         self.grad_output = torch.randn(*TOKENS, HIDDEN).bfloat16()
         self.elements = TOKENS[0] * TOKENS[1] * FFN
 
-    def run(self, before_backward: Callable[[Fuser], object] = id) -> None:
+    def run(self) -> None:
         """Forward and backward, afresh."""
         import transformer_engine.pytorch as te
 
@@ -98,7 +98,6 @@ class Fuser:
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             ):
                 y = self.mlp(self.x)
-            before_backward(self)
             y.backward(self.grad_output)
 
     def grads(self) -> dict[str, Tensor]:
