@@ -81,6 +81,21 @@ SEAMS = (
         "output_parallel = self._forward_impl(\n            input=input_parallel,",
     ),
     Seam(
+        "megatron.core.tensor_parallel.ColumnParallelLinear.get_extra_state",
+        "puts the emulation's FP8 histories into checkpoints",
+        "self",
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.RowParallelLinear.get_extra_state",
+        "puts the emulation's FP8 histories into checkpoints",
+        "self",
+    ),
+    Seam(
+        "megatron.core.parallel_state.get_amax_reduction_group",
+        "has the ranks whose amaxes make one scale",
+        "with_context_parallel",
+    ),
+    Seam(
         "megatron.core.transformer.utils.make_sharded_tensors_for_checkpoint",
         "makes the alphas' checkpoint shards",
         "state_dict prefix",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -73,15 +74,22 @@ class Operand:
     Args:
         settings: not off.
         kind: which of the three.
+        group: the ranks whose amaxes make one scale under delayed scaling.
     """
 
-    def __init__(self, settings: FP8Settings, kind: Kind) -> None:
+    def __init__(
+        self,
+        settings: FP8Settings,
+        kind: Kind,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
         e5m2 = kind == "grad_output" and settings.format == "hybrid"
         self.dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
         self.statistics = Statistics()
         self._square = kind == "weight"
         self._recipe = settings.recipe
-        self._delayed = DelayedScale(
+        self._group = group
+        self.delayed = DelayedScale(
             self.dtype,
             length=settings.amax_history_len,
             algorithm=settings.amax_compute_algo,
@@ -109,9 +117,14 @@ class Operand:
             ).T
         amax = fp8_reference.amax_of(x) if found.amax is None else found.amax
         if isinstance(scaling, Delayed):
-            self._delayed.record(amax)
+            of_all = amax.clone()
+            if self._group is not None:
+                torch.distributed.all_reduce(
+                    of_all, torch.distributed.ReduceOp.MAX, group=self._group
+                )
+            self.delayed.record(of_all)
             if training:
-                self._delayed.update()
+                self.delayed.update()
         if training:
             self._count(x, rows, float(amax), scaling)
         return rows, columns
@@ -119,7 +132,7 @@ class Operand:
     def _scaling(self) -> Scaling:
         match self._recipe:
             case "delayed":
-                return Delayed(self._delayed.scale, self.dtype)
+                return Delayed(self.delayed.scale, self.dtype)
             case "tensorwise":
                 return Current(self.dtype)
             case _:
@@ -141,10 +154,32 @@ class Operand:
 
 
 class EmulatedProduct:
-    """Takes the place of a linear layer's `_forward_impl`; has no part in its state dict."""
+    """Takes the place of a linear layer's `_forward_impl`."""
 
-    def __init__(self, settings: FP8Settings) -> None:
-        self.operands = {kind: Operand(settings, kind) for kind in KINDS}
+    def __init__(
+        self, settings: FP8Settings, group: torch.distributed.ProcessGroup | None = None
+    ) -> None:
+        self.operands = {kind: Operand(settings, kind, group) for kind in KINDS}
+
+    def get_histories(self) -> Tensor:
+        """Delayed scaling's state, for checkpoints: [3, 1 + amax_history_len] in float32."""
+        found = [operand.delayed for operand in self.operands.values()]
+        return torch.stack([torch.cat((each.scale, each.amaxes)) for each in found])
+
+    def set_histories(self, state: Any) -> None:
+        """Go on with what `get_histories` gave; anything else (None, real FP8's) is not for it.
+
+        A history of another length keeps its newest entries.
+        """
+        if not isinstance(state, Tensor) or state.dim() != 2:
+            return
+        for operand, row in zip(self.operands.values(), state, strict=True):
+            operand.delayed.scale = row[:1].clone()
+            amaxes, loaded = operand.delayed.amaxes, row[1:]
+            amaxes[0] = loaded[0]
+            steps = min(len(amaxes), len(loaded)) - 1
+            if steps > 0:
+                amaxes[-steps:] = loaded[-steps:]
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
         """input: [..., K]; weight: [N, K]; bias: [N] or None. Returns [..., N] in input's dtype.
@@ -190,6 +225,10 @@ def install(model: nn.Module, settings: FP8Settings) -> nn.Module:
     if settings.recipe == "off":
         return model
     linears = _linears(model)
+    group = None
+    if settings.recipe == "delayed" and parallel_state.is_initialized():
+        # the one that Megatron gives TransformerEngine
+        group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
     if not linears:
         raise UserError(
             "no layer to emulate FP8 in: the emulation replaces the products of Megatron's own "
@@ -209,7 +248,10 @@ def install(model: nn.Module, settings: FP8Settings) -> nn.Module:
                 "use --no-gradient-accumulation-fusion"
             )
         if not (settings.fc2_input == "bf16" and name.endswith("linear_fc2")):
-            linear._forward_impl = EmulatedProduct(settings)
+            linear._forward_impl = product = EmulatedProduct(settings, group)
+            if settings.recipe == "delayed":
+                linear.get_extra_state = product.get_histories
+                linear.set_extra_state = product.set_histories
     return model
 
 

@@ -168,7 +168,7 @@ def delayed_scales_follow_the_steps_of_a_layer() -> None:
 
     product = EmulatedProduct(settings("delayed", amax_history_len=2))
     weight = torch.full((2, 2), 0.5, requires_grad=True)
-    scales = {name: operand._delayed for name, operand in product.operands.items()}
+    scales = {name: operand.delayed for name, operand in product.operands.items()}
     assert [scale.scale.item() for scale in scales.values()] == [1, 1, 1]
 
     def step(size: float) -> tuple[float, ...]:

@@ -430,6 +430,17 @@ def transformer_engine_quantizers_of_other_kinds_work_by_themselves() -> None:
     assert sum(type(quantizer) is Custom for quantizer in fuser.cast) == 2
     check_alphas(fuser, fuser.exact()["alphas"])
 
+    fuser = Fuser(recipe("tensorwise"))
+    fuser.run()
+    fuser.fc2.get_quantizer("forward", 0).with_amax_reduction = True
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        fuser.run()
+    (warning,) = said
+    assert "the kernels do not exchange amaxes between ranks" in str(warning.message)
+    # x, both weights and the gradient, and fc2's input now too
+    assert len(fuser.cast) == 5
+
 
 def transformer_engine_backward_in_high_precision_gets_bf16() -> None:
     from transformer_engine.common import recipe as recipes

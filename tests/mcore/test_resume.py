@@ -18,17 +18,18 @@ from tests.ranks import run_ranks
 PROGRAM = Path(__file__).with_name("pretrain_rank.py")
 HALF, STEPS = 10, 20
 LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP=2, emulated FP8": {"use_distributed_optimizer": True},
     "TP=2": {"tensor_model_parallel_size": 2},
     "PP=2": {"pipeline_model_parallel_size": 2},
     "DP=2": {"use_distributed_optimizer": True},
 }
 
 
-def train(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+def train(recipe: Recipe, folder: Path, *options: str) -> list[dict[str, Any]]:
     """Two ranks in a run folder, from its latest checkpoint if it has one; what they saw."""
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     seen = folder / "seen"
-    run_ranks(PROGRAM, [str(folder / "recipe.yaml"), str(folder), str(seen)], 2)
+    run_ranks(PROGRAM, [str(folder / "recipe.yaml"), str(folder), str(seen), *options], 2)
     return [json.loads((seen / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -47,13 +48,14 @@ def test_ten_and_ten_steps_are_twenty(layout: str, small_recipe: Recipe, tmp_pat
     )
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     straight.mkdir()
-    whole = train(recipe, straight)
+    options = ["--emulated-fp8", "delayed"] if "FP8" in layout else []
+    whole = train(recipe, straight, *options)
     # the same processes' first ten steps, as a killed run leaves them
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "seen")
     shutil.rmtree(resumed / f"checkpoints/iter_{STEPS:07d}")
     (resumed / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(HALF))
-    second = train(recipe, resumed)
+    second = train(recipe, resumed, *options)
 
     for before, after in zip(whole, second, strict=True):
         rows = [row for row in before["steps"] if row["step"] > HALF]
