@@ -23,6 +23,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_xielu.activations import XIELU
+from megatron_xielu.mcore.outliers import Look
 from megatron_xielu.mcore.recompute import recompute_output
 from megatron_xielu.ops import xielu
 from megatron_xielu.ops.dispatch import Impl
@@ -75,6 +76,7 @@ class ParallelXIELU(XIELU):
         super().__init__(settings.alpha_p_init, settings.alpha_n_init, settings.beta, settings.impl)
         self.tp_group = tp_group
         self.recompute, self.fc2_input = settings.recompute, settings.fc2_input
+        self.look = Look()
         summed_by_megatron = sequence_parallel and not is_expert
         self.sum_in_backward = tp_group.size() > 1 and not summed_by_megatron
         for alpha in (self.alpha_p, self.alpha_n):
@@ -82,6 +84,8 @@ class ParallelXIELU(XIELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., ffn_hidden_size / tp]."""
+        if self.look.on and torch.is_grad_enabled():
+            self.look.see_input(x)
         if not self.sum_in_backward:
             return super().forward(x)
         # both alphas in one all-reduce

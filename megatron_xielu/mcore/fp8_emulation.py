@@ -143,12 +143,7 @@ class Operand:
         counted.amax = max(counted.amax, amax)
         counted.elements += x.numel()
         counted.flushed += int(x.count_nonzero() - kept.count_nonzero())
-        # scales that follow from the values themselves let nothing but infinities saturate
-        limit = torch.finfo(x.dtype).max
-        if isinstance(scaling, Delayed):
-            # half a step above the largest, 1.75 * 2^e, whose step is eps * 2^e
-            half_step = 1 + torch.finfo(self.dtype).eps / 3.5
-            limit = fp8_reference.LARGEST[self.dtype] * half_step / float(scaling.scale)
+        limit = float(fp8_reference.saturates_above(scaling, x.dtype))
         if amax > limit:
             counted.saturated += int((x.float().abs() > limit).sum())
 

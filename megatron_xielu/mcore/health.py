@@ -62,6 +62,9 @@ class Health:
                 self._guard = OptimizerGuard(optimizer, model)
             guard, losses = self._guard, LossWatch(forward_step)
             guard.refused = False
+            watch = self.observer.watch
+            if watch is not None:
+                watch.before(model, iteration + 1)
             result = train_step(
                 losses, data, model, optimizer, scheduler, config, forward_backward,
                 iteration=iteration, **groups,
@@ -73,6 +76,8 @@ class Health:
                 self._refused(iteration + 1, result[0], found)
             else:
                 self._skipped_in_a_row = 0
+            if watch is not None:
+                watch.after(model, iteration + 1, taken=not guard.refused)
             return result
 
         return watched

@@ -27,6 +27,11 @@ class Listener(Protocol):
     def note(self, text: str) -> None:
         """Something about the run that its user may not expect; told on every rank."""
 
+    def outliers(
+        self, *, step: int, numbers: dict[str, list[float | None]], crossed: Sequence[str]
+    ) -> None:
+        """What FP8 did to xIELU in a step, by layer, and which thresholds were crossed where."""
+
     def begin(self, *, start_step: int, train_iters: int, tokens_per_step: int) -> None:
         """Everything is built and loaded; the numbers are Megatron's own, flags included."""
 
@@ -71,6 +76,19 @@ class Listener(Protocol):
         """The step was not taken, because its loss or gradient was not finite."""
 
 
+class StepWatch(Protocol):
+    """Looks at training steps from before and after; all ranks call it alike."""
+
+    def start(self, model: Sequence[nn.Module], step: int) -> None:
+        """Everything is loaded and training begins after `step`."""
+
+    def before(self, model: Sequence[nn.Module], step: int) -> None:
+        """This step comes next."""
+
+    def after(self, model: Sequence[nn.Module], step: int, *, taken: bool) -> None:
+        """The step is done; `taken` by the optimizer, or left out."""
+
+
 class Observer:
     """Wraps Megatron's logging and evaluation; its own output and TensorBoard scalars stay.
 
@@ -79,6 +97,7 @@ class Observer:
         datasets: the run's dataset provider.
         preemption: is asked before the first step, leaves evaluations and times saves.
         evaluate_first: also evaluate before the first step of a new run.
+        watch: looks at what FP8 does, if it is there.
     """
 
     def __init__(
@@ -88,6 +107,7 @@ class Observer:
         preemption: Preemption,
         *,
         evaluate_first: bool,
+        watch: StepWatch | None = None,
     ) -> None:
         self.listener = listener
         self.datasets = datasets
@@ -95,6 +115,7 @@ class Observer:
         self.trained = False
         """Whether training has begun."""
         self.evaluate_first = evaluate_first
+        self.watch = watch
         self.model: Sequence[nn.Module] = ()
         self._losses: list[torch.Tensor] = []
         self._grad_norm: Any = None
@@ -134,6 +155,8 @@ class Observer:
                     train_iters=run.train_iters,
                     tokens_per_step=run.global_batch_size * run.seq_length,
                 )
+            if self.watch is not None:
+                self.watch.start(model, run.iteration)
             if self.evaluate_first and run.iteration == 0 and run.do_valid:
                 megatron.training.training.evaluate_and_print_results(
                     "initialization", forward_step, valid_data, model, 0, process_non_loss, config

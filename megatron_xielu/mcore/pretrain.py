@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from megatron_xielu.mcore import (
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
 from megatron_xielu.mcore.fp8_emulation import FP8Settings
+from megatron_xielu.mcore.fp8_watch import Watch, WatchSettings
 from megatron_xielu.mcore.health import Health, HealthSettings
 from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer, is_reporting_rank
@@ -57,6 +59,8 @@ def pretrain(
     signals: StopSignals | None = None,
     health: HealthSettings = HealthSettings(),  # noqa: B008 - frozen
     emulated_fp8: FP8Settings = FP8Settings(),  # noqa: B008 - frozen
+    watch: WatchSettings | None = None,
+    watch_record: Path | None = None,
 ) -> None:
     """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
 
@@ -72,6 +76,8 @@ def pretrain(
         signals: what this process was sent so far; None means that it listens from now on.
         health: what to check while the run trains.
         emulated_fp8: FP8 whose numbers the layers compute with, without a GPU; off by default.
+        watch: looks at what FP8 does to xIELU's output; None for none.
+        watch_record: where `watch` keeps the layers that it took out of FP8.
 
     Returns after a stop as well, with a checkpoint saved if training had begun.
 
@@ -117,7 +123,13 @@ def pretrain(
 
         delayed_scaling.save_as_numbers(needed=bool(args.fp8) and args.fp8_recipe == "delayed")
     datasets = Datasets()
-    observer = Observer(listener, datasets, preemption, evaluate_first=evaluate_first)
+    observer = Observer(
+        listener,
+        datasets,
+        preemption,
+        evaluate_first=evaluate_first,
+        watch=Watch(watch, listener, watch_record) if watch is not None else None,
+    )
     observer.attach()
     if store is not None:
         Saving(store, listener, preemption).attach(args)

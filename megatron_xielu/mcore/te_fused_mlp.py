@@ -70,6 +70,7 @@ class XIELUOp(BasicOperation):
         self.alpha_p, self.alpha_n = activation.alpha_p, activation.alpha_n
         self.beta, self.impl = activation.beta, activation.impl
         self.recompute = activation.recompute
+        self.look = activation.look
         # the sum over ranks that Megatron does not do by itself
         self.tp_group = activation.tp_group if activation.sum_in_backward else None
 
@@ -99,15 +100,25 @@ class XIELUOp(BasicOperation):
             ctx.scaling = scaling
             if self.recompute and isinstance(scaling, Delayed):
                 ctx.scaling = replace(scaling, scale=scaling.scale.clone())
-        return self.compute(x, scaling, next_op_input_quantizer)
+        look = self.look.on and ctx.requires_grad
+        if look:
+            self.look.see_input(x)
+        return self.compute(x, scaling, next_op_input_quantizer, look=look)
 
     def compute(
-        self, x: Tensor, scaling: Scaling | None, quantizer: Any, amax: Tensor | None = None
+        self,
+        x: Tensor,
+        scaling: Scaling | None,
+        quantizer: Any,
+        amax: Tensor | None = None,
+        *,
+        look: bool = False,
     ) -> Any:
         """xIELU of x: for a scaling as the quantizer's tensor, else in x's dtype.
 
         Args:
             amax: takes the largest magnitude in the quantizer's place.
+            look: count what FP8 loses; computes xIELU once more, in x's dtype.
         """
         if scaling is None:
             return library.forward(x, None, self.alphas, self.beta, XIELU.name, self.impl)
@@ -115,6 +126,9 @@ class XIELUOp(BasicOperation):
         if amax is not None:
             parts = parts._replace(amax=amax)
         quantized.forward(XIELU, _rows(x), None, self.alphas, self.beta, scaling, parts)
+        if look:
+            y = library.forward(x, None, self.alphas, self.beta, XIELU.name, self.impl)
+            self.look.see_output(y, parts, scaling)
         return result
 
     def op_backward(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -167,6 +167,20 @@ def rounded(scaled: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
 
 
+def saturates_above(scaling: Scaling, dtype: torch.dtype) -> Tensor | float:
+    """The magnitude above which a scale makes saturation of a number, and not rounding alone.
+
+    Args:
+        scaling: those that follow from the values themselves let only infinities saturate.
+        dtype: of the values.
+    """
+    if not isinstance(scaling, Delayed):
+        return torch.finfo(dtype).max
+    # half a step above the largest, 1.75 * 2^e, whose step is eps * 2^e
+    half_step = 1 + torch.finfo(scaling.dtype).eps / 3.5
+    return LARGEST[scaling.dtype] * half_step / scaling.scale
+
+
 def amax_of(values: Tensor) -> Tensor:
     """The largest magnitude, nan not counted; one element, 0 where there are no values."""
     return _magnitudes(values).amax().reshape(1) if values.numel() else values.new_zeros(1)

@@ -57,6 +57,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 def _modes(recipe: Recipe) -> Iterator[str]:
     name = f"fp8.recipe={recipe.fp8.recipe}"
+    yield from _watch(recipe)
     if recipe.fp8.emulate:
         yield from _emulated(recipe)
         return
@@ -81,6 +82,26 @@ def _modes(recipe: Recipe) -> Iterator[str]:
         yield (
             f"xielu.recompute=true cannot go with {name} and fp8.fused=false: fc2 keeps an FP8 "
             "copy of xIELU's output of its own; legal: fp8.fused=true, or xielu.recompute=false"
+        )
+
+
+def _watch(recipe: Recipe) -> Iterator[str]:
+    fp8 = recipe.fp8
+    for key in ("max_saturated", "max_flushed"):
+        share = getattr(fp8, key)
+        if share is not None and share > 1:
+            yield f"fp8.{key}={share} is a share of xIELU's output; nearest legal: 1"
+    if fp8.on_outlier != "bf16_layer":
+        return
+    if fp8.param_gather:
+        yield (
+            "fp8.on_outlier=bf16_layer cannot go with fp8.param_gather=true, where there is no "
+            "bf16 weight to go on with; legal: on_outlier=warn or stop, or param_gather=false"
+        )
+    if not fp8.fused and not fp8.emulate:
+        yield (
+            "fp8.on_outlier=bf16_layer cannot go with fp8.fused=false: TransformerEngine's own "
+            "modules quantize every input; legal: fused=true, or on_outlier=warn or stop"
         )
 
 

@@ -86,6 +86,17 @@ class FP8:
     reads it out of FP8; needs fused."""
     fused: bool = True
     """xIELU writes FP8 itself, as an operation of TransformerEngine's fuser."""
+    watch_interval: int = 100
+    """Steps between looks at what FP8 does to xIELU's output, by layer; 0 for none."""
+    on_outlier: Literal["warn", "bf16_layer", "stop"] = "warn"
+    """What follows where a look crosses one of the three below; bf16_layer goes on with fc2 of that
+    layer in bf16."""
+    max_saturated: float | None = 1e-4
+    """Share of xIELU's output that may be too large for its scale; null for any."""
+    max_flushed: float | None = 0.01
+    """Share of it that may become zero."""
+    max_kurtosis: float | None = None
+    """Of xIELU's input."""
     emulate: bool = False
     """Compute with what FP8 leaves of the numbers in Megatron's local layers instead, on any
     machine; see docs/fp8-emulation.md."""

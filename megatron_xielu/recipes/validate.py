@@ -33,6 +33,7 @@ _AT_LEAST_ONE = (
     "logging.eval_interval",
     "health.max_skipped_steps",
     "fp8.amax_history_len",
+    "fp8.max_kurtosis",
 )
 _AT_LEAST_ZERO = (
     "optimizer.min_lr",
@@ -46,6 +47,9 @@ _AT_LEAST_ZERO = (
     "health.every",
     "fp8.bf16_layers_at_start",
     "fp8.bf16_layers_at_end",
+    "fp8.watch_interval",
+    "fp8.max_saturated",
+    "fp8.max_flushed",
 )
 _ABOVE_ZERO = (
     "model.rope_theta",

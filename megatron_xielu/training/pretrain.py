@@ -306,10 +306,31 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
             async_save=job.recipe.checkpoint.async_save,
             signals=signals,
             emulated_fp8=_emulated_fp8(job.recipe),
+            watch=_watch(job.recipe),
+            watch_record=(
+                job.run_dir / "fp8_bf16_layers.json"
+                if job.recipe.fp8.on_outlier == "bf16_layer"
+                else None
+            ),
             health=HealthSettings(**dataclasses.asdict(job.recipe.health)),
         )
         listener.check_saved()
     torch.distributed.destroy_process_group()
+
+
+def _watch(recipe: Recipe) -> Any:
+    from megatron_xielu.mcore.fp8_watch import WatchSettings
+
+    fp8 = recipe.fp8
+    if fp8.recipe == "off" or not fp8.watch_interval:
+        return None
+    return WatchSettings(
+        fp8.watch_interval,
+        fp8.on_outlier,
+        fp8.max_saturated,
+        fp8.max_flushed,
+        fp8.max_kurtosis,
+    )
 
 
 class SaveError(Exception):
@@ -370,6 +391,10 @@ class _Listener:
         assert self._reporter is not None
         numbers |= {name: tuple(numbers[name]) for name in ("alpha_p", "alpha_n")}
         self._reporter.step(StepMetrics(**numbers))
+
+    def outliers(self, **found: Any) -> None:
+        assert self._reporter is not None
+        self._reporter.outliers(**found)
 
     def validation(self, *, step: int, loss: float) -> None:
         assert self._reporter is not None

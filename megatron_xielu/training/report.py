@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -158,6 +158,16 @@ class Reporter:
         position = step_line.aligned(self._position(step), self._columns)
         numbers = f"loss {step_line.decimal(loss)}, grad norm {step_line.decimal(grad_norm)}"
         self._print_row(f"{position}  skipped: {numbers}; {where}")
+
+    def outliers(
+        self, step: int, numbers: dict[str, list[float | None]], crossed: Sequence[str]
+    ) -> None:
+        """Report what FP8 did to xIELU's output; only a crossed threshold is printed."""
+        tokens, now = step * self._tokens_per_step, self._clock()
+        self._write({"type": "fp8", "step": step, **numbers, "tokens": tokens, "time": now})
+        for text in crossed:
+            position = step_line.aligned(self._position(step), self._columns)
+            self._print_row(f"{position}  FP8 outlier, {text}")
 
     def close(self) -> None:
         """Close the metrics file; the reporter is of no use afterwards."""

@@ -6,6 +6,7 @@ FAULT=KIND:LAYER:STEP:RANK in the environment, as in forward:3:4:1, says what br
     once       the same, but not when it is computed again
     backward   the gradient of the activation's output is nan
     flip       one bit of the norm's weight in front of the MLP flips
+    outlier    channel 5 of xIELU's input is 1000 times as large; from the start
     no-sum     alphas without the sum of their gradients over tensor-parallel ranks; at any step
 """
 
@@ -44,6 +45,9 @@ def plant(layer: Any) -> None:
     activation = layer.mlp.activation_func
     if KIND == "no-sum":
         activation.sum_in_backward = False
+        return
+    if KIND == "outlier":
+        layer.mlp.linear_fc1.weight.data[5] *= 1000
         return
     left = [1] if KIND in ("once", "flip") else [1_000_000]
 

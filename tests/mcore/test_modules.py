@@ -30,6 +30,8 @@ ONE_RANK = (
     "optimizer_equals_torchs_adamw",
     "the_cpu_platform_answers_for_cuda",
     "norm_carries_the_sequence_parallel_mark",
+    "a_look_counts_what_a_tensor_has",
+    "a_step_that_is_not_looked_at_costs_nothing",
 )
 
 
@@ -46,6 +48,8 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_saves_delayed_scaling",
     "transformer_engine_quantizers_of_other_kinds_work_by_themselves",
     "transformer_engine_backward_in_high_precision_gets_bf16",
+    "transformer_engine_looks_at_what_it_writes",
+    "transformer_engine_takes_a_layer_out_of_fp8",
 )
 TRANSFORMER_ENGINE_TWO_RANKS = ("transformer_engine_sums_alphas_over_tensor_parallel_ranks",)
 Results = list[dict[str, dict[str, Any]]]

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from megatron_xielu.recipes import Recipe, load_recipe, megatron_args, to_yaml, validate
+from megatron_xielu.recipes import (
+    Recipe,
+    RecipeError,
+    load_recipe,
+    megatron_args,
+    to_yaml,
+    validate,
+)
 from megatron_xielu.recipes.fp8 import local_sizes
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -366,3 +373,25 @@ def remedy(message: str) -> tuple[str, list[int]]:
     if not key:
         key = re.split("[= ]", message)[0]
     return key.removeprefix("model."), [int(value) for value in values.split(", ")]
+
+
+def test_what_the_watch_cannot_do_is_refused() -> None:
+    def said(*keys: str) -> str:
+        return "\n".join(validate(load_recipe("tiny", ["fp8.recipe=tensorwise", *keys]), 2))
+
+    assert "fp8.max_flushed=1.5 is a share of xIELU's output; nearest legal: 1" in said(
+        "fp8.max_flushed=1.5"
+    )
+    assert "fp8.max_saturated=-1.0 must be at least 0" in said("fp8.max_saturated=-1")
+    assert "fp8.max_kurtosis=0.5 must be at least 1" in said("fp8.max_kurtosis=0.5")
+    layer = "fp8.on_outlier=bf16_layer"
+    assert "where there is no bf16 weight to go on with" in said(layer, "fp8.param_gather=true")
+    assert "TransformerEngine's own modules quantize" in said(layer, "fp8.fused=false")
+    assert "on_outlier" not in said(layer)
+    assert "must be one of" in message("fp8.on_outlier=panic")
+
+
+def message(key: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("tiny", [key])
+    return str(error.value)

@@ -47,5 +47,6 @@ def test_to_bf16_and_back_is_one_key() -> None:
 def test_every_key_is_decided() -> None:
     given = load_recipe("tiny")
     others = {f"fp8.{key}" for key in vars(given.fp8)} - set(IN_RESULT)
-    assert others == {"fp8.fused"}
+    watch = {"watch_interval", "on_outlier", "max_saturated", "max_flushed", "max_kurtosis"}
+    assert others == {"fp8.fused", *(f"fp8.{key}" for key in watch)}
     check_changes(diff(given, load_recipe("tiny", ["fp8.fused=false"])), FOLDER, [])
