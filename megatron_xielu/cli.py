@@ -194,12 +194,17 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     if not args.layouts:
-        raise UserError("say what to look at: --layouts trains a small model cut in every way")
+        for option in ("quick", "model", "csv", "markdown", "dir", "fault", "nproc"):
+            if getattr(args, option):
+                raise UserError(f"--{option} means nothing without --layouts")
+        from megatron_xielu.doctor.run import doctor
+
+        return doctor()
     from megatron_xielu.training.layouts import Request, layouts
 
     return layouts(
         Request(
-            nproc=args.nproc,
+            nproc=args.nproc or 4,
             quick=args.quick,
             model=args.model,
             csv=args.csv,
@@ -334,13 +339,15 @@ def _add_bench(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    command = commands.add_parser("doctor", help="whether this machine computes what it should")
+    command = commands.add_parser(
+        "doctor", help="what is here, and whether it computes what it should; 1: it does not"
+    )
     command.add_argument(
         "--layouts",
         action="store_true",
-        help="train a small model under every parallel layout and compare; 1: one disagrees",
+        help="instead: train small models under every parallel layout and compare",
     )
-    command.add_argument("--nproc", type=_positive, default=4, help="ranks to start (default: 4)")
+    command.add_argument("--nproc", type=_positive, help="ranks to start (default: 4)")
     command.add_argument("--quick", action="store_true", help="a few layouts that cover every axis")
     command.add_argument("--model", help="one model of the matrix only, as the table names it")
     command.add_argument("--csv", type=Path, help="write the rows to it")

@@ -20,6 +20,8 @@ MIN_VERSION = Version("2.17")
 """The first whose operation fuser takes joint fusions from outside."""
 
 _PROBE = "megatron_xielu.mcore.te_probe"
+# of an import that takes a few seconds where the disk is fast
+_PATIENCE = 120
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ class Found:
 
 def probe() -> Found:
     """Imports TransformerEngine in another process; takes a few seconds."""
-    done = subprocess.run([sys.executable, "-m", _PROBE], capture_output=True, text=True)
+    command = [sys.executable, "-m", _PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        error = f"the process that imported it did not end within {_PATIENCE} s"
+        return Found(None, error, None, ())
     if done.returncode:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
         said = done.stderr.strip().splitlines()[-1:]
