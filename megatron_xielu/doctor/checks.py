@@ -38,7 +38,7 @@ class Check:
 
     @property
     def command(self) -> list[str]:
-        """What runs it, in an environment that `environment` completes."""
+        """What runs it."""
         words = [sys.executable, "-m", f"{_HERE}.child", self.function]
         return words if self.argument is None else [*words, self.argument]
 

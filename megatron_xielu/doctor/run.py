@@ -6,23 +6,16 @@ An illegal memory access, a crash or a hang of one check ends its process and no
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TextIO
 
 from megatron_xielu import __version__
 from megatron_xielu.doctor import machine
 from megatron_xielu.doctor.checks import CHECKS, Check
+from megatron_xielu.training import isolated
 from megatron_xielu.training.transformer_engine import Found, reinstall_command
-
-Line = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -50,29 +43,35 @@ def doctor() -> int:
     """Print what is installed and the quick checks; 1 if one of them fails, else 0."""
     begin = time.monotonic()
     found = machine.probe()
+    show_machine(found)
+    passed = check_all([check for check in CHECKS if check.quick], found)
+    print(f"\n{time.monotonic() - begin:.0f} s in all")
+    return 0 if passed else 1
+
+
+def show_machine(found: Found) -> None:
+    """Print what is installed."""
     print(f"megatron-xielu {__version__}")
     print(*machine.parts(found), sep="\n", flush=True)
     if found.error is not None and found.version is not None:
         print(f"\nto mend TransformerEngine:\n  {reinstall_command(found.cuda)}")
+
+
+def check_all(checks: Sequence[Check], found: Found) -> bool:
+    """Run them in order, each result printed as soon as it is there; whether none failed."""
     print("\nchecks", flush=True)
-    results = check_all([check for check in CHECKS if check.quick], found)
+    results = []
+    for check in checks:
+        results.append(run(check, found))
+        print(results[-1], flush=True)
     failed = [result.check for result in results if result.verdict == "FAIL"]
     for check in failed:
         variables = [f"{name}={value}" for name, value in check.environment.items()]
         print(
             f"\nall that {check.name!r} says:\n  {shlex.join(['env', *variables, *check.command])}"
         )
-    print(f"\n{_summary(results)}, {time.monotonic() - begin:.0f} s")
-    return int(bool(failed))
-
-
-def check_all(checks: Sequence[Check], found: Found) -> list[Result]:
-    """Run them in order, each result printed as soon as it is there."""
-    results = []
-    for check in checks:
-        results.append(run(check, found))
-        print(results[-1], flush=True)
-    return results
+    print(f"\n{_summary(results)}")
+    return not failed
 
 
 def run(check: Check, found: Found) -> Result:
@@ -80,45 +79,13 @@ def run(check: Check, found: Found) -> Result:
     reason = check.why_not(found)
     if reason is not None:
         return Result(check, "skipped", reason, 0.0)
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **check.environment}
-    # of a scheduler, say; a check starts its own ranks
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    with tempfile.TemporaryFile("w+") as log:
-        begin = time.monotonic()
-        process = subprocess.Popen(
-            check.command,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=check.seconds)
-            line = _line(process.returncode, output, log)
-        except subprocess.TimeoutExpired:
-            line = ("FAIL", f"did not end within {check.seconds:.0f} s{_last_line(log)}")
-        finally:
-            # its own ranks too, after Ctrl-C as well
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return Result(check, *line, time.monotonic() - begin)
-
-
-def _line(code: int, output: str, log: TextIO) -> Line:
-    if code == 0:
-        verdict, said = json.loads(output)
-        return verdict, said
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return "FAIL", f"ended by {how}{_last_line(log)}"
-
-
-def _last_line(log: TextIO) -> str:
-    log.seek(0)
-    lines = [line.strip() for line in log if line.strip()]
-    return f": {lines[-1]}" if lines else ""
+    begin = time.monotonic()
+    ended = isolated.run(check.command, check.environment, check.seconds)
+    if ended.problem is None:
+        verdict, said = json.loads(ended.output)
+    else:
+        verdict, said = "FAIL", ended.problem
+    return Result(check, verdict, said, time.monotonic() - begin)
 
 
 def _summary(results: Sequence[Result]) -> str:

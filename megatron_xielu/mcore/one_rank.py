@@ -120,6 +120,8 @@ def only_rank(backend: str) -> Iterator[None]:
 class Training:
     """A model with its optimizer on one rank; Megatron's groups exist.
 
+    With TransformerEngine's layers the newest model alone can train.
+
     Args:
         run: what to train.
         vocab_size: every token is below it.
@@ -132,6 +134,7 @@ class Training:
             from megatron_xielu.mcore import delayed_scaling
 
             delayed_scaling.save_as_numbers(needed=run.fp8.recipe == "delayed")
+            delayed_scaling.forget_models()
         torch.manual_seed(run.seed)
         model_parallel_cuda_manual_seed(
             run.seed, force_reset_rng=True, use_cudagraphable_rng=run.cuda_graphs

@@ -62,6 +62,8 @@ class Found:
     """The version that torch is built for."""
     gpus: tuple[tuple[str, int, int], ...]
     """Name and compute capability."""
+    memory: tuple[int, ...] = ()
+    """Bytes of each GPU."""
 
 
 def probe() -> Found:
@@ -79,7 +81,8 @@ def probe() -> Found:
         return Found(None, error, None, ())
     found = json.loads(done.stdout.splitlines()[-1])
     gpus = tuple((name, major, minor) for name, major, minor in found.pop("gpus"))
-    return Found(**found, gpus=gpus)
+    memory = tuple(found.pop("memory"))
+    return Found(**found, gpus=gpus, memory=memory)
 
 
 def check(fp8_recipe: str, found: Found) -> None:
