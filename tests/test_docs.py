@@ -10,6 +10,7 @@ import pytest
 
 from megatron_xielu import cli
 from megatron_xielu.analysis.planner import estimate_memory
+from megatron_xielu.doctor.checks import CHECKS
 from megatron_xielu.mcore.layouts import grid
 from megatron_xielu.recipes import load_recipe, preset_names, validate
 from megatron_xielu.recipes.fp8 import local_sizes
@@ -55,6 +56,14 @@ def test_the_layout_table_is_of_the_matrix_and_all_agree() -> None:
     rows = re.findall(r"^\| ([^|]+, [^|]+) \|.*\| (\w+) \| (\w+) \|$", text, re.MULTILINE)
     assert {name for name, *_ in rows} == {str(case) for case in grid.full(4)}
     assert {flag for _, *flags in rows for flag in flags} == {"yes"}
+
+
+def test_the_doctors_sample_has_every_check() -> None:
+    text = (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
+    (sample,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    shown = re.findall(r"^  (\S.*?) +(pass|FAIL|skipped) ", sample, re.MULTILINE)
+    assert [name for name, _ in shown] == [check.name for check in CHECKS if check.quick]
+    assert {verdict for _, verdict in shown} == {"pass", "skipped"}
 
 
 def test_the_fp8_sizes_are_those_of_the_presets() -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def _compiler() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError, RuntimeError):
         return None
-    return next(iter(done.stdout.splitlines()), None)
+    # without who packaged it
+    return re.sub(r" \(.*?\)", "", next(iter(done.stdout.splitlines()), "")) or None
 
 
 def _apex() -> str | None:

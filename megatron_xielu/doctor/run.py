@@ -1,4 +1,4 @@
-"""`doctor`: what is here, then the checks one after the other, each in a process of its own.
+"""`doctor`: what is here, then the checks in their order, each in a process of its own.
 
 An illegal memory access, a crash or a hang of one check ends its process and no other.
 """
@@ -6,10 +6,13 @@ An illegal memory access, a crash or a hang of one check ends its process and no
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 from megatron_xielu import __version__
 from megatron_xielu.doctor import machine
@@ -57,13 +60,25 @@ def show_machine(found: Found) -> None:
         print(f"\nto mend TransformerEngine:\n  {reinstall_command(found.cuda)}")
 
 
-def check_all(checks: Sequence[Check], found: Found) -> bool:
-    """Run them in order, each result printed as soon as it is there; whether none failed."""
+def check_all(checks: Sequence[Check], found: Found, workers: int | None = None) -> bool:
+    """Run them and print the results in order, each as soon as it is there; whether none failed.
+
+    Args:
+        workers: how many run at a time; None means one for every four cores, up to four.
+    """
     print("\nchecks", flush=True)
+    workers = workers or max(1, min(4, (os.cpu_count() or 1) // 4))
     results = []
-    for check in checks:
-        results.append(run(check, found))
-        print(results[-1], flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for result in pool.map(run, checks, repeat(found)):
+                results.append(result)
+                print(result, flush=True)
+        except BaseException:
+            # the pool waits for what it runs
+            pool.shutdown(wait=False, cancel_futures=True)
+            isolated.end_all()
+            raise
     failed = [result.check for result in results if result.verdict == "FAIL"]
     for check in failed:
         variables = [f"{name}={value}" for name, value in check.environment.items()]

@@ -86,6 +86,11 @@ SEAMS = (
         "seed te_rng_tracker inference_rng_tracker use_cudagraphable_rng",
     ),
     Seam(
+        "megatron.core.transformer.transformer_config.TransformerConfig",
+        "says that each layer is captured in a CUDA graph",
+        source="cuda_graph_impl: Literal['none', 'local'",
+    ),
+    Seam(
         "megatron.core.activations.squared_relu",
         "is ReLU squared, beside which training with xIELU is timed",
     ),

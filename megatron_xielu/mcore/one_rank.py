@@ -91,7 +91,7 @@ class Run:
     fused: bool = False
     """xIELU is an operation of TransformerEngine's fuser; Megatron has none for the others."""
     cuda_graphs: bool = False
-    """Megatron captures each layer (--cuda-graph-impl local)."""
+    """Megatron captures each of TransformerEngine's layers (--cuda-graph-impl local)."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,12 @@ class Training:
             delayed_scaling.save_as_numbers(needed=run.fp8.recipe == "delayed")
             delayed_scaling.forget_models()
         torch.manual_seed(run.seed)
+        # as Megatron's own training sets both for its graphs
         model_parallel_cuda_manual_seed(
-            run.seed, force_reset_rng=True, use_cudagraphable_rng=run.cuda_graphs
+            run.seed,
+            te_rng_tracker=run.cuda_graphs,
+            use_cudagraphable_rng=run.cuda_graphs,
+            force_reset_rng=True,
         )
         self._config, self._chunks = _build(run, vocab_size)
         self._optimizer, self._scheduler = _optimizer(run.steps, self._chunks)
@@ -294,7 +298,7 @@ def _fields(run: Run) -> dict[str, Any]:
         fields |= {"activation_func": F.silu, "gated_linear_unit": True}
         fields["bias_activation_fusion"] = not local
     if run.cuda_graphs:
-        fields["cuda_graph_impl"] = "local"
+        fields |= {"cuda_graph_impl": "local", "use_te_rng_tracker": True}
     if local:
         return fields
     fields["use_transformer_engine_op_fuser"] = run.fused

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+_running: set[int] = set()
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -44,14 +45,15 @@ def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) 
             text=True,
             start_new_session=True,
         ) as process:
+            _running.add(process.pid)
             try:
                 output, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
                 problem = f"did not end within {seconds:.0f} s"
             finally:
                 # its own children too, after Ctrl-C as well
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                _kill(process.pid)
+                _running.discard(process.pid)
         if problem is None and process.returncode:
             code = process.returncode
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -62,3 +64,14 @@ def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) 
             said = [re.sub(r"^\[rank\d+\]: *", "", line).strip() for line in errors if line.strip()]
             problem = ": ".join([problem, *said[-1:]])
     return Ended(output, problem)
+
+
+def end_all() -> None:
+    """End what other threads' calls of `run` wait for, so that they return."""
+    for group in list(_running):
+        _kill(group)
+
+
+def _kill(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)

@@ -38,5 +38,15 @@ def hangs(note: str) -> str:
     return "never"
 
 
+def meets(folder: str) -> str:
+    """Passes if another one is there at the same time."""
+    Path(folder, str(os.getpid())).touch()
+    for _ in range(200):
+        if len(list(Path(folder).iterdir())) == 2:
+            return "two at a time"
+        time.sleep(0.1)
+    raise Failed("alone")
+
+
 def sees() -> str:
     return f"{os.environ['CUDA_VISIBLE_DEVICES']!r} {'RANK' in os.environ}"

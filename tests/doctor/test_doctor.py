@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from megatron_xielu import cli
 from megatron_xielu.doctor import machine
 from megatron_xielu.doctor.checks import CHECKS, Check
-from megatron_xielu.doctor.run import run
+from megatron_xielu.doctor.run import check_all, run
 from megatron_xielu.training.transformer_engine import Found
 from tests.ranks import ROOT, environment
 
@@ -100,14 +101,47 @@ def test_a_check_that_hangs_is_ended_with_what_it_started(
     note = tmp_path / "pid"
     result = run(fault("hangs", argument=str(note), seconds=15), NOTHING)
     assert (result.verdict, result.said) == ("FAIL", "did not end within 15 s")
-    state = Path(f"/proc/{note.read_text()}/stat")
+    assert_ends(int(note.read_text()))
+
+
+def test_ctrl_c_ends_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = tmp_path / "pid"
+    program = f"""
+from tests.doctor.test_doctor import NOTHING, fault
+from megatron_xielu.doctor.run import check_all
+check_all([fault("hangs", argument={str(note)!r}, seconds=300)], NOTHING)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if note.exists() and note.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in said
+    assert_ends(int(note.read_text()))
+
+
+def assert_ends(pid: int) -> None:
+    state = Path(f"/proc/{pid}/stat")
     for _ in range(50):
         # init may not have reaped it yet
         if not state.exists() or state.read_text().split()[2] == "Z":
-            break
+            return
         time.sleep(0.1)
-    else:
-        pytest.fail("its process is still there")
+    pytest.fail("its process is still there")
+
+
+def test_where_there_are_cores_checks_run_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    both = [replace(fault("meets", argument=str(tmp_path)), name=name) for name in ("b", "a")]
+    assert check_all(both, NOTHING, workers=2)
+    # in their order, whichever ends first
+    assert re.findall(r"^  (\w) +pass", capsys.readouterr().out, re.MULTILINE) == ["b", "a"]
 
 
 def test_a_check_is_no_rank_and_sees_a_gpu_only_if_it_needs_one(
