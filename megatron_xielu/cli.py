@@ -153,14 +153,16 @@ def _plot(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     mode = "cpu"
-    for name in ("accuracy", "static", "gpu"):
+    for name in ("accuracy", "static", "gpu", "training"):
         mode = name if getattr(args, name) else mode
     of = {
         "threads": "cpu",
         "dtype": "cpu",
         "any_load": "cpu",
         "quick": "accuracy",
-        "csv": "cpu gpu",
+        "csv": "cpu gpu training",
+        "markdown": "training",
+        "tiny": "training",
     }
     for option, modes in of.items():
         if getattr(args, option) and mode not in modes.split():
@@ -168,6 +170,10 @@ def _bench(args: argparse.Namespace) -> int:
                 f"--{option.replace('_', '-')} means nothing with --{mode}; it belongs to "
                 f"--{modes.replace(' ', ' and --')}"
             )
+    if args.training:
+        from megatron_xielu.doctor.full import full
+
+        return full(tiny=args.tiny, csv=args.csv, markdown=args.markdown)
     if args.static:
         from megatron_xielu.bench import static
 
@@ -194,12 +200,17 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     if not args.layouts:
-        raise UserError("say what to look at: --layouts trains a small model cut in every way")
+        for option in ("quick", "model", "csv", "markdown", "dir", "fault", "nproc"):
+            if getattr(args, option):
+                raise UserError(f"--{option} means nothing without --layouts")
+        from megatron_xielu.doctor.run import doctor
+
+        return doctor()
     from megatron_xielu.training.layouts import Request, layouts
 
     return layouts(
         Request(
-            nproc=args.nproc,
+            nproc=args.nproc or 4,
             quick=args.quick,
             model=args.model,
             csv=args.csv,
@@ -315,7 +326,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(commands: Any) -> None:
-    command = commands.add_parser("bench", help="what the kernels of xIELU cost; 1: a gate missed")
+    command = commands.add_parser(
+        "bench", help="what xIELU costs, its kernels and training with it; 1: a gate missed"
+    )
     mode = command.add_mutually_exclusive_group()
     mode.add_argument("--cpu", action="store_true", help="time the CPU kernels (the default)")
     mode.add_argument("--accuracy", action="store_true", help="errors against float64")
@@ -323,24 +336,37 @@ def _add_bench(commands: Any) -> None:
         "--static", metavar="sm_90", help="compile the GPU kernels here and read the machine code"
     )
     mode.add_argument("--gpu", action="store_true", help="time the GPU kernels")
+    mode.add_argument(
+        "--training",
+        action="store_true",
+        help="every check of doctor and more, then training of the 1.1B model on one GPU",
+    )
     command.add_argument("--threads", type=_positive, help="with --cpu (default: 2)")
     command.add_argument("--dtype", choices=("fp32", "bf16"), action="append", help="with --cpu")
     command.add_argument(
         "--any-load", action="store_true", help="with --cpu: on a busy machine too"
     )
     command.add_argument("--quick", action="store_true", help="with --accuracy: smaller sums")
-    command.add_argument("--csv", type=Path, help="with --cpu or --gpu: append the rows to it")
+    command.add_argument(
+        "--csv", type=Path, help="with --cpu, --gpu or --training: append the rows to it"
+    )
+    command.add_argument("--markdown", type=Path, help="with --training: write the table to it")
+    command.add_argument(
+        "--tiny", action="store_true", help="with --training: a small model, without a GPU too"
+    )
     command.set_defaults(run=_bench)
 
 
 def _add_doctor(commands: Any) -> None:
-    command = commands.add_parser("doctor", help="whether this machine computes what it should")
+    command = commands.add_parser(
+        "doctor", help="what is here, and whether it computes what it should; 1: it does not"
+    )
     command.add_argument(
         "--layouts",
         action="store_true",
-        help="train a small model under every parallel layout and compare; 1: one disagrees",
+        help="instead: train small models under every parallel layout and compare",
     )
-    command.add_argument("--nproc", type=_positive, default=4, help="ranks to start (default: 4)")
+    command.add_argument("--nproc", type=_positive, help="ranks to start (default: 4)")
     command.add_argument("--quick", action="store_true", help="a few layouts that cover every axis")
     command.add_argument("--model", help="one model of the matrix only, as the table names it")
     command.add_argument("--csv", type=Path, help="write the rows to it")

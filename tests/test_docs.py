@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_xielu import cli
+from megatron_xielu.analysis.planner import estimate_memory
+from megatron_xielu.doctor.checks import CHECKS
 from megatron_xielu.mcore.layouts import grid
 from megatron_xielu.recipes import load_recipe, preset_names, validate
 from megatron_xielu.recipes.fp8 import local_sizes
@@ -56,6 +58,14 @@ def test_the_layout_table_is_of_the_matrix_and_all_agree() -> None:
     assert {flag for _, *flags in rows for flag in flags} == {"yes"}
 
 
+def test_the_doctors_sample_has_every_check() -> None:
+    text = (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
+    (sample,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    shown = re.findall(r"^  (\S.*?) +(pass|FAIL|skipped) ", sample, re.MULTILINE)
+    assert [name for name, _ in shown] == [check.name for check in CHECKS if check.quick]
+    assert {verdict for _, verdict in shown} == {"pass", "skipped"}
+
+
 def test_the_fp8_sizes_are_those_of_the_presets() -> None:
     text = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
     table = [
@@ -91,3 +101,20 @@ def test_the_fp8_defaults_are_those_of_a_recipe(tmp_path: Path) -> None:
     assert load_recipe(str(path)) == load_recipe("tiny")
     keys = set(re.findall(r"^  (\w+):", section, re.MULTILINE))
     assert keys == set(vars(load_recipe("tiny").fp8))
+
+
+def test_the_fp8_memory_is_the_plans() -> None:
+    text = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
+    (_, *section) = text.partition("## Memory and MFU")
+    rows = re.findall(r"^\| (bf16|`\w.*?) \| ([\d,]+) \| (.*) \|$", "".join(section), re.MULTILINE)
+    assert len(rows) == 6
+    for name, per_token, cells in rows:
+        words = name.replace("`", "").split(", ")
+        settings = [f"fp8.{word}" if word.startswith("param") else word for word in words[1:]]
+        fp8 = "off" if words[0] == "bf16" else words[0]
+        recipe = load_recipe("llama-1.1b-xielu", [f"fp8.recipe={fp8}", *settings])
+        memory = estimate_memory(recipe, 88)
+        assert per_token == f"{memory.activations / (24 * 5 * 4096):,.0f}", name
+        found = [memory.activations, memory.weights, memory.fp8_weights]
+        shown = [f"{size / 2**30:.2f}" if size else "" for size in found]
+        assert [cell.strip() for cell in cells.split("|")] == shown, name

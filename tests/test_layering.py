@@ -21,6 +21,7 @@ LAYERS = (
     {"megatron_xielu"},
     {"mcore", "recipes"},
     {"training", "checkpoint", "analysis", "data", "bench", "integrations"},
+    {"doctor"},
     {"cli", "__main__"},
 )
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

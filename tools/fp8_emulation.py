@@ -1,6 +1,6 @@
 """Loss curves of emulated FP8 against bf16: xIELU, ReLU squared and SwiGLU, on a CPU.
 
-Trains a small model (sizes in megatron_xielu/mcore/fp8_curves.py) on text that Python brings along,
+Trains a small model (sizes in megatron_xielu/mcore/one_rank.py) on text that Python brings along,
 once for each line of RUNS, and writes OUT.csv and OUT.png. Nothing here computes in FP8: operands
 are quantized as TransformerEngine does and multiplied in float32 (docs/fp8-emulation.md).
 
@@ -62,17 +62,14 @@ Row = dict[str, Any]
 def train(folder: Path, activation: Any, precision: str, micro_batches: int, seed: int) -> None:
     """One run in this process; prints its rows as JSON."""
     logging.disable(logging.WARNING)
-    import torch
 
     from megatron_xielu.mcore import cpu_platform
 
     cpu_platform.hide_gpu_libraries()
     cpu_platform.enable()
     from megatron_xielu.data.prepare import load_info
-    from megatron_xielu.mcore.fp8_curves import FP8Settings, Run, Training
     from megatron_xielu.mcore.indexed_dataset import open_dataset
-    from megatron_xielu.mcore.layouts.grid import Layout
-    from megatron_xielu.mcore.layouts.world import cut
+    from megatron_xielu.mcore.one_rank import FP8Settings, Run, Training, only_rank
 
     info = load_info(folder / "data")
     tokens = {}
@@ -82,11 +79,8 @@ def train(folder: Path, activation: Any, precision: str, micro_batches: int, see
     recipe: Any = "off" if precision == "bf16" else precision
     settings = FP8Settings(recipe=recipe, format=FORMATS[precision])  # type: ignore[arg-type]
     run = Run(activation, settings, seed, micro_batches)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
     label = dict(zip(COLUMNS, (activation, precision, micro_batches, seed), strict=False))
-    with cut(Layout()):
+    with only_rank("gloo"):
         training = Training(run, info.vocab_size)
         print(f"{training.parameters} parameters, {run.steps} steps", file=sys.stderr)
         rows, recent = [], []

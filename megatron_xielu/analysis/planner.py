@@ -28,7 +28,14 @@ PEAK_FLOPS: dict[str, float] = {
 GPU" and so on). From Hopper on they print the rate with 2:4 sparsity; this is half of it.
 """
 
+FP8_RATE = 2.0
+"""FP8 FLOP/s by those of bf16, dense, in the same data sheets from Hopper on."""
+
 _PLANNED_MFU = 0.40
+# bytes per element with the scales: float32 for each 1 x 128 values, one byte for each 32
+_FP8_ACTIVATION = {"delayed": 1, "tensorwise": 1, "blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
+# float32 for each 128 x 128 weights
+_FP8_WEIGHT = {**_FP8_ACTIVATION, "blockwise": 1 + 4 / 128**2}
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -37,6 +44,9 @@ class Memory:
     """Bytes on the fullest device at the end of a micro-batch's forward pass."""
 
     weights: float
+    """In bf16 or fp32."""
+    fp8_weights: float
+    """What the layers' FP8 products read, by row and transposed."""
     gradients: float
     optimizer: float
     activations: float
@@ -45,7 +55,8 @@ class Memory:
     @property
     def total(self) -> float:
         """Bytes, without the allocator's slack, communication buffers and the CUDA context."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        held = self.weights + self.fp8_weights + self.gradients + self.optimizer
+        return held + self.activations + self.logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,8 @@ class Plan:
     h100_hours: float
     """At 40 % of an H100 SXM's dense bf16 peak."""
     precision: str
+    fp8: str
+    """The recipe's; off where it is emulated."""
     memory: Memory
 
 
@@ -102,6 +115,7 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
         flops=flops,
         h100_hours=flops / (_PLANNED_MFU * PEAK_FLOPS["H100"]) / 3600,
         precision=_precision(recipe),
+        fp8=_fp8(recipe),
         memory=estimate_memory(recipe, world_size),
     )
 
@@ -137,6 +151,12 @@ def peak_flops(device_name: str) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)]
 
 
+def fp8_peak_flops(device_name: str) -> float | None:
+    """Dense FP8 FLOP/s of a device, or None if it has no FP8 or is not in the table."""
+    peak = peak_flops(device_name)
+    return None if peak is None or "A100" in device_name else FP8_RATE * peak
+
+
 def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
     """A byte model of the fullest pipeline stage.
 
@@ -145,6 +165,14 @@ def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
     Activations are what each matmul and norm keeps for its backward pass; of recomputation
     only `xielu.recompute` counts, not Megatron's flags.
     Logits exist once in the run's precision and once in fp32 for the loss.
+
+    Under FP8 (read in TransformerEngine 2.20's module/linear.py, module/layernorm_linear.py and
+    ops/basic/basic_linear.py) a product keeps its input as an FP8 transpose; attention's output
+    stays in bf16 for attention's own backward, and only delayed scaling keeps an FP8 copy besides.
+    Weights have an FP8 copy by row and one transposed. TransformerEngine's modules keep both beside
+    the bf16 weights over the micro-batches of a step; the operations of a fused MLP make both with
+    each micro-batch and hold the transposed one until its backward. With `fp8.param_gather` both
+    are the weights, and there are no bf16 ones.
     """
     model, training, parallel = recipe.model, recipe.training, recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -154,15 +182,32 @@ def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
     tokens = training.micro_batch_size * model.seq_length
     # 1F1B: the first stage holds one micro-batch per stage, as far as there are that many
     in_flight = min(pp, training.global_batch_size // (training.micro_batch_size * dp))
-    kept = _activations_per_token(recipe) * tokens * in_flight * model.num_layers / pp
-    element = 2 if bf16 else 4
+    share = _share_in_fp8(recipe)
+    kept = share * _activation_bytes_per_token(recipe, _fp8(recipe))
+    kept += (1 - share) * _activation_bytes_per_token(recipe, "off")
+    # of the layers that are in FP8
+    attention, mlp = (
+        share * model.num_layers / pp * weights / tp
+        for weights in (_attention_weights(model), _mlp_weights(model))
+    )
+    in_bf16, fp8_weights = parameters, 0.0
+    if share:
+        byte = _FP8_WEIGHT[_fp8(recipe)]
+        held_by_mlp: float = 2 if recipe.fp8.param_gather or not recipe.fp8.fused else in_flight
+        if recipe.fp8.fc2_input == "bf16" and not recipe.fp8.param_gather:
+            # fc2 computes with the weight as it is
+            held_by_mlp /= 2
+        fp8_weights = byte * (2 * attention + held_by_mlp * mlp)
+        if recipe.fp8.param_gather:
+            in_bf16 -= attention + mlp
     return Memory(
-        weights=element * parameters,
+        weights=(2 if bf16 else 4) * in_bf16,
+        fp8_weights=fp8_weights,
         gradients=4 * parameters,
         optimizer=(12 if bf16 else 8)
         * parameters
         / (dp if parallel.use_distributed_optimizer else 1),
-        activations=element * kept,
+        activations=kept * tokens * in_flight * model.num_layers / pp,
         logits=(6 if bf16 else 4) * tokens * _vocab_size(model) / tp,
     )
 
@@ -171,8 +216,10 @@ def format_plan(plan: Plan) -> str:
     """The plan as aligned text for a terminal."""
     memory = plan.memory
     unit, unit_name = (_GIB, "GiB") if memory.total >= _GIB else (_MIB, "MiB")
+    in_fp8 = plan.fp8 != "off"
     memory_of = {
         "weights": memory.weights,
+        **({"FP8 weights": memory.fp8_weights} if in_fp8 else {}),
         "gradients": memory.gradients,
         "optimizer state": memory.optimizer,
         "activations": memory.activations,
@@ -201,8 +248,9 @@ def format_plan(plan: Plan) -> str:
             "+ full attention (PaLM)": f"{plan.flops_per_token_full:,}",
             "FLOPs of the run (Megatron)": f"{plan.flops:.4g}",
             **_h100_hours(plan),
+            **(_fp8_peak() if in_fp8 else {}),
         },
-        f"memory per device, {unit_name}, {plan.precision}": {
+        f"memory per device, {unit_name}, {_precisions(plan)}": {
             name: f"{size / unit:,.2f}" for name, size in memory_of.items()
         },
     }
@@ -227,10 +275,32 @@ def _h100_hours(plan: Plan) -> dict[str, str]:
     }
 
 
+def _fp8_peak() -> dict[str, str]:
+    bf16 = PEAK_FLOPS["H100"] / 1e12
+    return {
+        "TFLOP/s of an H100 in bf16 (MFU)": f"{bf16:,.1f}",
+        "TFLOP/s of an H100 in FP8": f"{FP8_RATE * bf16:,.1f}",
+    }
+
+
+def _precisions(plan: Plan) -> str:
+    return plan.precision if plan.fp8 == "off" else f"{plan.precision} and FP8 {plan.fp8}"
+
+
 def _matmul_weights(model: Model) -> int:
-    """Of one layer: query, key, value and output projections, and the MLP's two matrices."""
+    """Of one layer."""
+    return _attention_weights(model) + _mlp_weights(model)
+
+
+def _attention_weights(model: Model) -> int:
+    """Of one layer: query, key, value and output projections."""
     heads = 2 * model.num_attention_heads + 2 * num_query_groups(model)
-    return model.hidden_size * (heads * head_dim(model) + 2 * model.ffn_hidden_size)
+    return model.hidden_size * heads * head_dim(model)
+
+
+def _mlp_weights(model: Model) -> int:
+    """Of one layer: two matrices."""
+    return 2 * model.hidden_size * model.ffn_hidden_size
 
 
 def _layer_vectors(model: Model) -> int:
@@ -266,14 +336,34 @@ def _parameters_per_device(model: Model, tp: int, pp: int) -> float:
     return (matrices + tables) / tp + vectors
 
 
-def _activations_per_token(recipe: Recipe) -> float:
-    """Elements that one layer keeps per token on one device."""
+def _fp8(recipe: Recipe) -> str:
+    return "off" if recipe.fp8.emulate else recipe.fp8.recipe
+
+
+def _share_in_fp8(recipe: Recipe) -> float:
+    """Of the layers."""
+    if _fp8(recipe) == "off":
+        return 0.0
+    in_bf16 = recipe.fp8.bf16_layers_at_start + recipe.fp8.bf16_layers_at_end
+    return max(0, recipe.model.num_layers - in_bf16) / recipe.model.num_layers
+
+
+def _activation_bytes_per_token(recipe: Recipe, fp8: str) -> float:
+    """What one layer keeps per token on one device, in bytes."""
     model, parallel = recipe.model, recipe.parallel
     tp = parallel.tensor_model_parallel_size
+    element = 2.0 if _precision(recipe) == "bf16" else 4.0
+    product_input = element if fp8 == "off" else _FP8_ACTIVATION[fp8]
     # both norms' inputs and outputs
-    hidden = 4 * model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    # queries and attention's output, keys and values; both kinds of layers keep no scores
+    hidden = 2 * model.hidden_size * (element + product_input)
+    if parallel.sequence_parallel:
+        hidden /= tp
+    # queries, keys, values and attention's output; both kinds of layers keep no scores
     channels = (2 * model.num_attention_heads + 2 * num_query_groups(model)) * head_dim(model)
+    attention = channels * element
+    if fp8 == "delayed":
+        attention += model.num_attention_heads * head_dim(model) * product_input
     # xIELU's input and output
-    xielu = (1 if recipe.xielu.recompute else 2) * model.ffn_hidden_size
-    return hidden + (channels + xielu) / tp
+    output = element if recipe.fp8.fc2_input == "bf16" else product_input
+    kept = element + (0 if recipe.xielu.recompute else output)
+    return hidden + (attention + kept * model.ffn_hidden_size) / tp

@@ -96,6 +96,20 @@ SEAMS = (
         "with_context_parallel",
     ),
     Seam(
+        "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed",
+        "makes random states that a CUDA graph can hold",
+        "seed te_rng_tracker inference_rng_tracker use_cudagraphable_rng",
+    ),
+    Seam(
+        "megatron.core.transformer.transformer_config.TransformerConfig",
+        "says that each layer is captured in a CUDA graph",
+        source="cuda_graph_impl: Literal['none', 'local'",
+    ),
+    Seam(
+        "megatron.core.activations.squared_relu",
+        "is ReLU squared, beside which training with xIELU is timed",
+    ),
+    Seam(
         "megatron.core.transformer.utils.make_sharded_tensors_for_checkpoint",
         "makes the alphas' checkpoint shards",
         "state_dict prefix",
@@ -464,6 +478,10 @@ TRANSFORMER_ENGINE_SEAMS = (
     Seam(
         f"{_TE}.quantization.FP8GlobalStateManager.get_fp8_recipe",
         "says whether backward is computed in high precision",
+    ),
+    Seam(
+        f"{_TE}.quantization.FP8GlobalStateManager.reset",
+        "forgets the histories of models that train no more",
     ),
     Seam(f"{_TE}.utils.clear_tensor_data", "frees xIELU's input"),
     Seam(

@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_recipe
 from torch import Tensor
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
-from transformer_engine.pytorch.quantization import DelayedScalingRecipeState
+from transformer_engine.pytorch.quantization import (
+    DelayedScalingRecipeState,
+    FP8GlobalStateManager,
+)
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.mcore import patches
@@ -46,6 +49,15 @@ def save_as_numbers(*, needed: bool = True) -> None:
         )
     patches.wrap(TransformerEngineBaseModule, "get_extra_state", _around_get)
     patches.wrap(TransformerEngineBaseModule, "set_extra_state", _around_set)
+
+
+def forget_models() -> None:
+    """Leave the histories of the models that were made so far alone from now on.
+
+    TransformerEngine updates all that it knows of at the end of each forward pass, of models that
+    train no more as well.
+    """
+    FP8GlobalStateManager.reset()
 
 
 def belongs_to(operation: Any, linear: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 
 
 def found() -> dict[str, Any]:
-    """Version, the import's error, torch's CUDA, and each GPU with its compute capability."""
+    """Version, the import's error, torch's CUDA, and of each GPU capability and memory."""
     seen: dict[str, Any] = {"cuda": torch.version.cuda, "version": None, "error": None}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         seen["version"] = importlib.metadata.version("transformer_engine")
@@ -29,6 +29,10 @@ def found() -> dict[str, Any]:
         seen["error"] = f"{type(error).__name__}: {error}"
     seen["gpus"] = [
         [torch.cuda.get_device_name(index), *torch.cuda.get_device_capability(index)]
+        for index in range(torch.cuda.device_count())
+    ]
+    seen["memory"] = [
+        torch.cuda.get_device_properties(index).total_memory
         for index in range(torch.cuda.device_count())
     ]
     return seen

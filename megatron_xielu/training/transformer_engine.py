@@ -20,6 +20,8 @@ MIN_VERSION = Version("2.17")
 """The first whose operation fuser takes joint fusions from outside."""
 
 _PROBE = "megatron_xielu.mcore.te_probe"
+# of an import that takes a few seconds where the disk is fast
+_PATIENCE = 120
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,18 @@ class Found:
     """The version that torch is built for."""
     gpus: tuple[tuple[str, int, int], ...]
     """Name and compute capability."""
+    memory: tuple[int, ...] = ()
+    """Bytes of each GPU."""
 
 
 def probe() -> Found:
     """Imports TransformerEngine in another process; takes a few seconds."""
-    done = subprocess.run([sys.executable, "-m", _PROBE], capture_output=True, text=True)
+    command = [sys.executable, "-m", _PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        error = f"the process that imported it did not end within {_PATIENCE} s"
+        return Found(None, error, None, ())
     if done.returncode:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
         said = done.stderr.strip().splitlines()[-1:]
@@ -72,7 +81,8 @@ def probe() -> Found:
         return Found(None, error, None, ())
     found = json.loads(done.stdout.splitlines()[-1])
     gpus = tuple((name, major, minor) for name, major, minor in found.pop("gpus"))
-    return Found(**found, gpus=gpus)
+    memory = tuple(found.pop("memory"))
+    return Found(**found, gpus=gpus, memory=memory)
 
 
 def check(fp8_recipe: str, found: Found) -> None:

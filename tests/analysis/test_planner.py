@@ -13,6 +13,7 @@ from megatron_xielu.analysis.planner import (
     estimate_memory,
     flops_per_token,
     format_plan,
+    fp8_peak_flops,
     peak_flops,
     plan,
 )
@@ -186,6 +187,101 @@ def test_memory_is_cut_by_the_layout() -> None:
     assert memory("model.transformer_impl=local", world_size=2).activations == two.activations
 
 
+GEMM_WEIGHTS = {"attention": 24 * 4 * 1536 * 1536, "mlp": 24 * 2 * 1536 * 9216}
+PARAMETERS, TOKENS = 1_132_537_392, 5 * 4096
+
+
+def fp8_memory(*overrides: str, world_size: int = 88) -> Any:
+    return estimate_memory(load_recipe("llama-1.1b-xielu", overrides), world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "per_token"),
+    [
+        # by layer and token: bf16 inputs of both norms, q, k, v, attention's output and x; FP8
+        # inputs of qkv, of proj (delayed alone), of fc1 and of fc2
+        (["delayed"], 2 * (2 * 1536 + 4 * 1536 + 9216) + (1536 + 1536 + 1536 + 9216)),
+        (["tensorwise"], 2 * (2 * 1536 + 4 * 1536 + 9216) + (1536 + 1536 + 9216)),
+        # a float32 scale for 128 values
+        (["blockwise"], 2 * (2 * 1536 + 4 * 1536 + 9216) + (1536 + 1536 + 9216) * (1 + 1 / 32)),
+        # a byte for 32 values
+        (["mxfp8"], 2 * (2 * 1536 + 4 * 1536 + 9216) + (1536 + 1536 + 9216) * (1 + 1 / 32)),
+        (["tensorwise", "xielu.recompute=true"], 2 * (6 * 1536 + 9216) + (1536 + 1536)),
+        (["tensorwise", "fp8.fused=false"], 2 * (6 * 1536 + 9216) + (1536 + 1536 + 9216)),
+        (["tensorwise", "fp8.fc2_input=bf16"], 2 * (6 * 1536 + 2 * 9216) + (1536 + 1536)),
+        (
+            ["delayed", "fp8.fc2_input=bf16", "xielu.recompute=true"],
+            2 * (6 * 1536 + 9216) + 3 * 1536,
+        ),
+        # only numbers
+        (["delayed", "fp8.emulate=true"], 2 * (8 * 1536 + 2 * 9216)),
+    ],
+)
+def test_activations_in_fp8(overrides: list[str], per_token: float) -> None:
+    memory = fp8_memory(f"fp8.recipe={overrides[0]}", *overrides[1:])
+    assert memory.activations == pytest.approx(24 * TOKENS * per_token, rel=1e-12)
+
+
+def test_weights_in_fp8() -> None:
+    attention, mlp = GEMM_WEIGHTS.values()
+    bf16 = fp8_memory()
+    assert bf16.fp8_weights == 0
+    fused = fp8_memory("fp8.recipe=tensorwise")
+    # beside the bf16 weights: both orientations in attention, the transpose in the fused MLP
+    assert fused.weights == bf16.weights == 2 * PARAMETERS
+    assert fused.fp8_weights == 2 * attention + mlp
+    assert fp8_memory("fp8.recipe=tensorwise", "fp8.fused=false").fp8_weights == 2 * (
+        attention + mlp
+    )
+    fc2_in_bf16 = fp8_memory("fp8.recipe=tensorwise", "fp8.fc2_input=bf16")
+    assert fc2_in_bf16.fp8_weights == 2 * attention + mlp / 2
+    # in their place
+    gathered = fp8_memory("fp8.recipe=tensorwise", "fp8.param_gather=true")
+    assert gathered.fp8_weights == 2 * (attention + mlp)
+    assert gathered.weights == 2 * (PARAMETERS - attention - mlp)
+    assert gathered.optimizer == bf16.optimizer == pytest.approx(12 * PARAMETERS / 88)
+    blocks = fp8_memory("fp8.recipe=blockwise", "fp8.param_gather=true")
+    assert blocks.fp8_weights == pytest.approx(2 * (attention + mlp) * (1 + 4 / 128**2))
+    small = fp8_memory("fp8.recipe=mxfp8", "fp8.param_gather=true")
+    assert small.fp8_weights == pytest.approx(2 * (attention + mlp) * 33 / 32)
+    parts = [getattr(fused, name) for name in vars(fused)]
+    assert fused.total == sum(parts)
+
+
+def test_layers_that_stay_in_bf16_are_counted_so() -> None:
+    ends = ["fp8.bf16_layers_at_start=1", "fp8.bf16_layers_at_end=2"]
+    mixed = fp8_memory("fp8.recipe=tensorwise", *ends)
+    bf16, fp8 = fp8_memory(), fp8_memory("fp8.recipe=tensorwise")
+    assert mixed.fp8_weights == pytest.approx(fp8.fp8_weights * 21 / 24)
+    expected = (21 * fp8.activations + 3 * bf16.activations) / 24
+    assert mixed.activations == pytest.approx(expected)
+
+
+def test_a_pipeline_holds_the_fused_mlps_weights_once_per_micro_batch() -> None:
+    attention, mlp = GEMM_WEIGHTS.values()
+    staged = fp8_memory(
+        "fp8.recipe=tensorwise",
+        "parallel.pipeline_model_parallel_size=4",
+        "training.global_batch_size=40",
+        world_size=4,
+    )
+    # a quarter of the layers, four micro-batches of 5 in flight
+    assert staged.fp8_weights == 2 * attention / 4 + 4 * mlp / 4
+
+
+def test_format_shows_fp8() -> None:
+    text = format_plan(plan(load_recipe("llama-1.1b-xielu", ["fp8.recipe=delayed"]), 88))
+    print(text)
+    assert "memory per device, GiB, bf16 and FP8 delayed" in text
+    rows = dict(line.rsplit(None, 1) for line in text.splitlines() if line.startswith("  "))
+    # 2 x 226,492,416 + 679,477,248 bytes; 24 x 20,480 x 50,688 bytes
+    assert rows["  FP8 weights"] == "1.05"
+    assert rows["  activations"] == "23.20"
+    assert rows["  TFLOP/s of an H100 in FP8"] == "1,978.8"
+    assert rows["  TFLOP/s of an H100 in bf16 (MFU)"] == "989.4"
+    assert "FP8" not in format_plan(plan(load_recipe("llama-1.1b-xielu"), 88))
+
+
 def test_plan_refuses_what_cannot_run() -> None:
     with pytest.raises(RecipeError, match="nearest legal: 400, 480"):
         plan(load_recipe("llama-1.1b-xielu"), 16)
@@ -221,3 +317,19 @@ def test_format_is_aligned_and_complete() -> None:
 def test_peak_flops(device: str, expected: float | None) -> None:
     assert peak_flops(device) == expected
     assert expected is None or expected in PEAK_FLOPS.values()
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        # the data sheets say 3,958, 3,026 and 9,000 TFLOP/s with sparsity
+        ("NVIDIA H100 80GB HBM3", 1979e12),
+        ("NVIDIA H100 PCIe", 1513e12),
+        ("NVIDIA B200", 4500e12),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("cpu", None),
+    ],
+)
+def test_fp8_peak_flops(device: str, expected: float | None) -> None:
+    found = fp8_peak_flops(device)
+    assert found == (None if expected is None else pytest.approx(expected, rel=1e-3))

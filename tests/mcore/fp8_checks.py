@@ -225,8 +225,8 @@ def each_recipe_learns_as_bf16_does() -> None:
     up to rho in the root mean square, relative to the gradient. To first order an update is off by
     that share, and so is what the loss falls by.
     """
-    from megatron_xielu.mcore.fp8_curves import Run, Training
     from megatron_xielu.mcore.fp8_emulation import FP8Settings
+    from megatron_xielu.mcore.one_rank import Run, Sizes, Training
 
     # each token follows from the one before it, three times out of four
     generator = np.random.default_rng(0)
@@ -234,7 +234,7 @@ def each_recipe_learns_as_bf16_does() -> None:
     for index in np.flatnonzero(generator.random(len(tokens) - 1) < 0.75):
         tokens[index + 1] = (5 * tokens[index] + 1) % 64
     # warm-up has to be shorter than the whole
-    run = Run(steps=21, num_layers=2)
+    run = Run(steps=21, sizes=Sizes(num_layers=2))
     losses = {}
     for recipe in get_args(FP8Settings.__annotations__["recipe"]) or ("off", *RECIPES):
         training = Training(replace(run, fp8=settings(recipe)), vocab_size=64)
@@ -246,7 +246,7 @@ def each_recipe_learns_as_bf16_does() -> None:
     for recipe, found in losses.items():
         backward = E4M3_HALF_STEP if recipe == "blockwise" else E5M2_HALF_STEP
         squares = 4 * 2 * E4M3_HALF_STEP**2 + 4 * (E4M3_HALF_STEP**2 + backward**2)
-        rho = RMS * math.sqrt(run.num_layers * squares)
+        rho = RMS * math.sqrt(run.sizes.num_layers * squares)
         worst = max(abs(a - b) for a, b in zip(found, plain, strict=True))
         print(f"{recipe}: {found[-1]:.4f}, differs by {worst:.4f} <= {rho:.3f} * {fall:.3f}")
         assert 0 < worst <= rho * fall

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -195,10 +194,3 @@ def test_the_bound_grows_with_the_roundings() -> None:
     # sqrt(1/6) * sqrt(24 * 4 * 4) * sqrt(2 ln 50000)
     assert bound.loss == pytest.approx(0.40825 * 19.596 * 4.6518, rel=1e-3)
     assert compare.round_off(4, 16, 50_000).loss == pytest.approx(2 * bound.loss)
-
-
-def test_doctor_without_a_mode_says_what_it_can_do() -> None:
-    command = [sys.executable, "-m", "megatron_xielu", "doctor"]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert run.returncode == 2
-    assert re.search(r"^error: .*--layouts", run.stderr)

@@ -50,6 +50,8 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_backward_in_high_precision_gets_bf16",
     "transformer_engine_looks_at_what_it_writes",
     "transformer_engine_takes_a_layer_out_of_fp8",
+    "transformer_engine_models_of_one_rank_have_the_local_ones_parameters",
+    "transformer_engine_models_of_one_rank_are_saved_with_their_histories",
 )
 TRANSFORMER_ENGINE_TWO_RANKS = ("transformer_engine_sums_alphas_over_tensor_parallel_ranks",)
 Results = list[dict[str, dict[str, Any]]]

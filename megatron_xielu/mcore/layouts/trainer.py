@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -20,7 +20,6 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_xielu.mcore import patches
@@ -29,6 +28,7 @@ from megatron_xielu.mcore.layouts.compare import Step, parameter_of
 from megatron_xielu.mcore.layouts.grid import Layout, Model
 from megatron_xielu.mcore.observer import LOSS
 from megatron_xielu.mcore.pretrain import forward_tokens
+from megatron_xielu.mcore.whole_state import WholeState
 
 GLOBAL_BATCH = 8
 # the fewest that a virtual pipeline of two stages takes
@@ -65,6 +65,9 @@ class Trainer:
         patches.mend_optimizers()
         self.config, self.chunks = models.build(model, layout)
         self.optimizer, self.scheduler = _optimizer(layout, self.chunks)
+        self._state = WholeState(
+            self.chunks, self.optimizer, self.scheduler, distributed=layout.distributed
+        )
         self._connect()
 
     def _connect(self) -> None:
@@ -122,21 +125,14 @@ class Trainer:
         Args:
             folder: exists and is empty.
         """
-        metadata = self._metadata()
-        state = self._state(metadata)
+        state = self._state.sharded()
         shards = _shards(state)
-        dist_checkpointing.save(state, str(folder), content_metadata=_content(metadata))
+        self._state.save(folder, state)
         return shards
 
     def load(self, folder: Path) -> None:
         """Take everything `save` wrote, whatever layout it wrote it in."""
-        content = dist_checkpointing.load_content_metadata(str(folder))
-        metadata = {**content, "dp_cp_group": self._metadata()["dp_cp_group"]}
-        state = dist_checkpointing.load(self._state(metadata, is_loading=True), str(folder))
-        for chunk, name in zip(unwrap_model(self.chunks), self._chunk_names(), strict=True):
-            chunk.load_state_dict(state[name], strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self._state.load(folder)
 
     def plant(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """Take the fp32 values of a start of another precision; one rank, plain optimizer, fp32.
@@ -146,7 +142,7 @@ class Trainer:
                 state stands before the parameter.
             steps: optimizer steps that led there.
         """
-        state = self._state(self._metadata(), is_loading=True)
+        state = self._state.sharded(is_loading=True)
         exact = {
             name: tensor
             for key, tensor in tensors.items()
@@ -161,33 +157,7 @@ class Trainer:
 
     def shards(self) -> list[Shard]:
         """Copies of this rank's pieces of everything a checkpoint holds."""
-        return _shards(self._state(self._metadata()))
-
-    def _state(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            name: chunk.sharded_state_dict(metadata=metadata)
-            for chunk, name in zip(unwrap_model(self.chunks), self._chunk_names(), strict=True)
-        }
-        state["optimizer"] = self.optimizer.sharded_state_dict(
-            state, is_loading=is_loading, metadata=metadata
-        )
-        state["scheduler"] = self.scheduler.state_dict()
-        return state
-
-    def _chunk_names(self) -> list[str]:
-        return [f"model{index}" for index in range(len(self.chunks))]
-
-    def _metadata(self) -> dict[str, Any]:
-        # as Megatron's checkpointing with --dist-ckpt-optim-fully-reshardable
-        metadata: dict[str, Any] = {
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
-        if self.layout.distributed:
-            metadata["distrib_optim_sharding_type"] = "fully_reshardable"
-            metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
-        return metadata
+        return _shards(self._state.sharded())
 
 
 def _sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
@@ -257,10 +227,6 @@ def _mean_loss(reported: list[dict[str, Tensor]]) -> float:
     # only the last stages have a loss; the other ranks add zeros, tensor-parallel copies cancel
     torch.distributed.all_reduce(total)
     return float(total[0] / total[1])
-
-
-def _content(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metadata.items() if name != "dp_cp_group"}
 
 
 def _one_or_all(functions: list[Any]) -> Any:

@@ -65,9 +65,9 @@ def built() -> Path:
     library = cache_folder() / f"xielu_cpu-{_key()}.so"
     if library.exists():
         return library
-    if shutil.which(_compiler()) is None:
+    if shutil.which(compiler()) is None:
         raise RuntimeError(
-            f"no C++ compiler ({_compiler()!r} was looked for): install one (Debian: apt install "
+            f"no C++ compiler ({compiler()!r} was looked for): install one (Debian: apt install "
             "g++), or name a program in CXX, without options"
         )
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,8 @@ def built() -> Path:
     return library
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The command that compiles the kernels: CXX, or the system's."""
     return os.environ.get("CXX") or "c++"
 
 
@@ -108,7 +109,7 @@ def _compile(folder: Path) -> Path:
     run = subprocess.run(
         command,
         cwd=folder,
-        env={**environment, "CXX": _compiler()},
+        env={**environment, "CXX": compiler()},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -125,7 +126,7 @@ def _compile_here(folder: str, sources: list[str]) -> None:
 
     # torch brings the OpenMP library that GCC's code calls; linking one would add its threads, and
     # clang's code calls another, so that it gets one thread
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
     threads = [] if "clang" in version or platform.system() != "Linux" else ["-fopenmp"]
     extension = CppExtension("xielu_cpu", sources, extra_compile_args=[*FLAGS, *threads])
     builder = BuildExtension.with_options(use_ninja=is_ninja_available())
