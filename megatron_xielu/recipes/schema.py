@@ -85,7 +85,8 @@ class FP8:
     """bf16 keeps xIELU's output, which grows with the square of its input, and the product that
     reads it out of FP8; needs fused."""
     fused: bool = True
-    """xIELU writes FP8 itself, as an operation of TransformerEngine's fuser."""
+    """xIELU writes FP8 for both linears, as an operation of TransformerEngine's fuser; false: it
+    writes fc2's input only, for TransformerEngine's plain modules."""
     emulate: bool = False
     """Compute with what FP8 leaves of the numbers in Megatron's local layers instead, on any
     machine; see docs/fp8-emulation.md."""

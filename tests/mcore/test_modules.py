@@ -46,6 +46,10 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_saves_delayed_scaling",
     "transformer_engine_quantizers_of_other_kinds_work_by_themselves",
     "transformer_engine_backward_in_high_precision_gets_bf16",
+    "transformer_engine_plain_modules_take_fp8_from_xielu",
+    "transformer_engine_plain_modules_get_bf16_where_fc2_must_cast",
+    "transformer_engine_plain_modules_take_fp8_in_evaluation",
+    "transformer_engine_plain_experts_keep_bf16",
 )
 TRANSFORMER_ENGINE_TWO_RANKS = ("transformer_engine_sums_alphas_over_tensor_parallel_ranks",)
 Results = list[dict[str, dict[str, Any]]]
