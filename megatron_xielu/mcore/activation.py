@@ -8,6 +8,7 @@ MLP that `install` did not reach cannot silently train another activation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +78,8 @@ class ParallelXIELU(XIELU):
         self.tp_group = tp_group
         self.recompute, self.fc2_input = settings.recompute, settings.fc2_input
         self.look = Look()
+        # xIELU as fc2's quantizer asks for it, or None for the layer's own type: te_plain_mlp
+        self.quantized: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor | None] | None = None
         summed_by_megatron = sequence_parallel and not is_expert
         self.sum_in_backward = tp_group.size() > 1 and not summed_by_megatron
         for alpha in (self.alpha_p, self.alpha_n):
@@ -86,13 +89,18 @@ class ParallelXIELU(XIELU):
         """x: [..., ffn_hidden_size / tp]."""
         if self.look.on and torch.is_grad_enabled():
             self.look.see_input(x)
-        if not self.sum_in_backward:
-            return super().forward(x)
-        # both alphas in one all-reduce
-        alphas = copy_to_tensor_model_parallel_region(
-            torch.cat((self.alpha_p, self.alpha_n)), self.tp_group
-        )
-        return xielu(x, alphas[0], alphas[1], beta=self.beta, impl=self.impl)
+        alpha_p, alpha_n = self.alpha_p, self.alpha_n
+        if self.sum_in_backward:
+            # both alphas in one all-reduce
+            both = copy_to_tensor_model_parallel_region(
+                torch.cat((self.alpha_p, self.alpha_n)), self.tp_group
+            )
+            alpha_p, alpha_n = both[:1], both[1:]
+        if self.quantized is not None:
+            y = self.quantized(x, (alpha_p, alpha_n))
+            if y is not None:
+                return y
+        return xielu(x, alpha_p, alpha_n, beta=self.beta, impl=self.impl)
 
     def sharded_state_dict(
         self,
@@ -129,6 +137,8 @@ def install(model: nn.Module) -> nn.Module:
                 _use_fused_operation(mlp)
             elif mlp.activation_func.recompute:
                 recompute_output(mlp)
+            elif mlp.config.fp8 and id(mlp) not in experts and _of_transformer_engine(mlp):
+                _write_fc2_input(mlp)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "activation_func", None), XIELUPlaceholder):
             raise RuntimeError(
@@ -162,6 +172,18 @@ def _use_fused_operation(mlp: MLP) -> None:
 
     # Megatron's spec and a user's own name the class themselves
     mlp.__class__ = XIELUFusedMLP
+
+
+def _of_transformer_engine(mlp: MLP) -> bool:
+    kinds = type(mlp.linear_fc2).__mro__
+    return any(kind.__module__.startswith("transformer_engine.") for kind in kinds)
+
+
+def _write_fc2_input(mlp: MLP) -> None:
+    # it needs TransformerEngine
+    from megatron_xielu.mcore.te_plain_mlp import write_fc2_input
+
+    write_fc2_input(mlp)
 
 
 def installed_activations(model: nn.Module) -> dict[int, list[ParallelXIELU]]:

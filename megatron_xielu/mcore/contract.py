@@ -527,6 +527,46 @@ TRANSFORMER_ENGINE_SEAMS = (
         "reads its input and weight from the context",
         source="(x_local, w) = ctx.saved_tensors",
     ),
+    Seam(
+        f"{_TE}.module.linear._linear_forward_impl",
+        "takes an input that is FP8 already, and leaves its data alone",
+        source="if isinstance(inputmat, QuantizedTensorStorage):\n"
+        "                inputmat.update_usage(rowwise_usage=True)",
+    ),
+    Seam(
+        f"{_TE}.module.linear._linear_backward_impl",
+        "multiplies the transpose of an input that was FP8 already",
+        source="inputmat_total.update_usage(columnwise_usage=True)",
+    ),
+    Seam(
+        f"{_TE}.Linear._get_quantizers",
+        "says what fc2 casts its input with",
+        source='self.quantizers["scaling_fwd"][FP8FwdTensorIdx.GEMM1_INPUT]',
+    ),
+    Seam(
+        f"{_TE}.module.base.TransformerEngineBaseModule.init_fp8_metadata",
+        "makes fc2's quantizers before its forward pass, and then does nothing in it",
+        "self num_gemms",
+        "if self.fp8_initialized and FP8GlobalStateManager.get_fp8_recipe() == _original_recipe:",
+    ),
+    Seam(
+        f"{_TE}.distributed.is_fp8_activation_recompute_enabled",
+        "tells of recomputation, before which fc2 copies its scales",
+    ),
+    Seam(
+        f"{_TE}.distributed.in_fp8_activation_recompute_phase",
+        "tells of recomputation, in which fc2 takes its old scales",
+    ),
+    Seam(f"{_TE}.cpu_offload.is_cpu_offload_enabled", "tells of activation offloading"),
+    Seam(
+        "transformer_engine.debug.pytorch.debug_state.TEDebugState",
+        "tells of TransformerEngine's debug quantizers",
+        source="debug_enabled",
+    ),
+    Seam(
+        f"{_TE}.quantized_tensor.QuantizedTensor",
+        "is what autograd takes for xIELU's output in FP8",
+    ),
 )
 
 

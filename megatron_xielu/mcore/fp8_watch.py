@@ -34,7 +34,7 @@ class WatchSettings:
     """When to look and what follows; keys of the recipe's `fp8` section."""
 
     interval: int = 100
-    """Steps from one look to the next."""
+    """Steps from one look to the next; 0 for none."""
     on_outlier: Literal["warn", "bf16_layer", "stop"] = "warn"
     max_saturated: float | None = None
     """Share of xIELU's output that may be too large for FP8's scale; None for any."""
@@ -57,8 +57,8 @@ class Watch:
 
     Args:
         listener: told of every look on the reporting rank, and on each rank of layers in bf16.
-        record: a file that all ranks read and rank 0 writes: the layers that left FP8. None where
-            `on_outlier` is not bf16_layer.
+        record: a file that all ranks read and rank 0 writes: the layers that left FP8, which stay
+            out of it whatever `on_outlier` says later. None keeps it for this process alone.
     """
 
     def __init__(self, settings: WatchSettings, listener: Listener, record: Path | None) -> None:
@@ -80,7 +80,7 @@ class Watch:
 
     def before(self, model: Sequence[nn.Module], step: int) -> None:
         """This step comes next."""
-        if step % self.settings.interval:
+        if not self._is_due(step):
             return
         for _, mlp in mlps(model):
             mlp.activation_func.look.begin()
@@ -96,12 +96,15 @@ class Watch:
         Raises:
             UnhealthyRun: a threshold is crossed and `on_outlier` is stop.
         """
-        if step % self.settings.interval:
+        if not self._is_due(step):
             return
         for _, mlp in mlps(model):
             mlp.activation_func.look.on = False
         if taken:
             self._judge(model, step, measure(model, get_args().num_layers))
+
+    def _is_due(self, step: int) -> bool:
+        return self.settings.interval > 0 and step % self.settings.interval == 0
 
     def _judge(self, model: Sequence[nn.Module], step: int, numbers: Numbers) -> None:
         crossed = list(self._crossed(numbers))
@@ -158,6 +161,8 @@ class Watch:
 
     def _write(self) -> None:
         if self.record is None or torch.distributed.get_rank() != 0:
+            return
+        if not self._in_bf16 and not self.record.exists():
             return
         beside = self.record.with_suffix(".new")
         beside.write_text(json.dumps([asdict(each) for each in self._in_bf16]) + "\n")

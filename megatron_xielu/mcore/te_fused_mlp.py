@@ -12,7 +12,6 @@ input until backward and makes fc2's input from it again.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,9 +19,6 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import TEFusedMLP
 from torch import Tensor
-from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
-from transformer_engine.pytorch import Float8Quantizer as DelayedQuantizer
-from transformer_engine.pytorch.constants import TE_DType_To_Torch
 from transformer_engine.pytorch.ops import (
     BasicLinear,
     BasicOperation,
@@ -35,9 +31,10 @@ from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
 from transformer_engine.pytorch.utils import clear_tensor_data
 
 from megatron_xielu.mcore import delayed_scaling
+from megatron_xielu.mcore.te_quantizers import empty, rows, scaling_of
 from megatron_xielu.ops import library
 from megatron_xielu.ops.family import XIELU
-from megatron_xielu.ops.fp8_reference import Blockwise, Current, Delayed, Quantized, Scaling
+from megatron_xielu.ops.fp8_reference import Delayed, Scaling
 from megatron_xielu.ops.triton import quantized
 
 
@@ -122,10 +119,10 @@ class XIELUOp(BasicOperation):
         """
         if scaling is None:
             return library.forward(x, None, self.alphas, self.beta, XIELU.name, self.impl)
-        result, parts = _empty(quantizer, x)
+        result, parts = empty(quantizer, x)
         if amax is not None:
             parts = parts._replace(amax=amax)
-        quantized.forward(XIELU, _rows(x), None, self.alphas, self.beta, scaling, parts)
+        quantized.forward(XIELU, rows(x), None, self.alphas, self.beta, scaling, parts)
         if look:
             y = library.forward(x, None, self.alphas, self.beta, XIELU.name, self.impl)
             self.look.see_output(y, parts, scaling)
@@ -155,9 +152,9 @@ class XIELUOp(BasicOperation):
         scaling = scaling_of(quantizer, x)
         if scaling is None:
             return None
-        result, parts = _empty(quantizer, x)
+        result, parts = empty(quantizer, x)
         grads = quantized.backward(
-            XIELU, _rows(grad_y), _rows(x), None, self.alphas, self.beta, scaling, parts
+            XIELU, rows(grad_y), rows(x), None, self.alphas, self.beta, scaling, parts
         )
         return [result, *grads]
 
@@ -255,42 +252,6 @@ class HighPrecisionLinear(BasicLinear):
         return result
 
 
-def scaling_of(quantizer: Any | None, x: Tensor) -> Scaling | None:
-    """How our kernels do what a quantizer of TransformerEngine would do with a result for x.
-
-    Returns:
-        None where there is no quantizer, where it is of another kind (MXFP8, NVFP4, custom), where
-        its amax is one over several ranks, and where the kernels cannot compute x.
-    """
-    if quantizer is None:
-        return None
-    # a subclass may do something else
-    kind = type(quantizer)
-    reason = quantized.unavailable(x)
-    if kind not in (DelayedQuantizer, Float8CurrentScalingQuantizer, Float8BlockQuantizer):
-        reason = f"there is no kernel that writes xIELU as a {kind.__name__} does"
-    elif kind is Float8CurrentScalingQuantizer and quantizer.with_amax_reduction:
-        reason = "the kernels do not exchange amaxes between ranks"
-    if reason is not None:
-        warnings.warn(
-            f"xIELU writes {x.dtype}, which TransformerEngine casts in a pass of its own: {reason}",
-            # this line, so that Python says it once and not for each caller
-            stacklevel=1,
-        )
-        return None
-    dtype = TE_DType_To_Torch[quantizer.dtype]
-    if kind is DelayedQuantizer:
-        return Delayed(quantizer.scale, dtype)
-    if kind is Float8BlockQuantizer:
-        return Blockwise(
-            dtype,
-            square=quantizer.block_scaling_dim == 2,
-            power_of_two=quantizer.force_pow_2_scales,
-            epsilon=quantizer.amax_epsilon,
-        )
-    return Current(dtype, power_of_two=quantizer.force_pow_2_scales, epsilon=quantizer.amax_epsilon)
-
-
 def _plain(tensor: Any) -> Tensor:
     if isinstance(tensor, QuantizedTensorStorage):
         tensor = tensor.dequantize()
@@ -301,33 +262,3 @@ def _backward_in_high_precision() -> bool:
     if not FP8GlobalStateManager.is_fp8_enabled():
         return False
     return FP8GlobalStateManager.get_fp8_recipe().backward_override is not None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2)
-
-
-def _empty(quantizer: Any, x: Tensor) -> tuple[Any, Quantized]:
-    """What the quantizer would return for a result of x's shape, and its parts as matrices."""
-    result, columns = quantizer.make_empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1]
-    if isinstance(quantizer, Float8BlockQuantizer):
-        return result, Quantized(
-            rowwise=_matrix(result._rowwise_data, -1, columns),
-            columnwise=_matrix(result._columnwise_data, columns, -1),
-            rowwise_scale_inv=result._rowwise_scale_inv,
-            columnwise_scale_inv=result._columnwise_scale_inv,
-        )
-    # no transpose where the GPU multiplies FP8 along either dimension
-    result._transpose_invalid = result._transpose is None
-    delayed = isinstance(quantizer, DelayedQuantizer)
-    return result, Quantized(
-        rowwise=_matrix(result._data, -1, columns),
-        columnwise=_matrix(result._transpose, columns, -1),
-        rowwise_scale_inv=result._scale_inv,
-        columnwise_scale_inv=result._scale_inv,
-        amax=quantizer.amax if delayed else x.new_empty(1, dtype=torch.float32),
-    )
-
-
-def _matrix(data: Tensor | None, rows: int, columns: int) -> Tensor | None:
-    return None if data is None or data.numel() == 0 else data.view(rows, columns)

@@ -85,7 +85,8 @@ class FP8:
     """bf16 keeps xIELU's output, which grows with the square of its input, and the product that
     reads it out of FP8; needs fused."""
     fused: bool = True
-    """xIELU writes FP8 itself, as an operation of TransformerEngine's fuser."""
+    """xIELU writes FP8 for both linears, as an operation of TransformerEngine's fuser; false: it
+    writes fc2's input only, for TransformerEngine's plain modules."""
     watch_interval: int = 100
     """Steps between looks at what FP8 does to xIELU's output, by layer; 0 for none."""
     on_outlier: Literal["warn", "bf16_layer", "stop"] = "warn"

@@ -247,20 +247,34 @@ def _activation(job: Job) -> str:
         found = describe(job.machine.device, dtype, recipe.xielu.impl)
     except ValueError as error:
         raise UserError(f"xielu.impl={recipe.xielu.impl} cannot be used: {error}") from error
-    return f"xIELU by {found}{_fp8_results(recipe)}"
+    return f"xIELU by {found}{_fp8_results(recipe, job.megatron_flags)}"
 
 
-def _fp8_results(recipe: Recipe) -> str:
-    """Who writes what the MLP's second product reads under FP8."""
+def _fp8_results(recipe: Recipe, megatron_flags: Sequence[str] = ()) -> str:
+    """Who writes what the MLP's second product reads under FP8, for each kind of layer."""
     fp8 = recipe.fp8
     if fp8.recipe == "off" or fp8.emulate:
         return ""
+    cast = "in bf16, which TransformerEngine casts to FP8"
+    flags = {flag.partition("=")[0] for flag in megatron_flags}
     if fp8.fc2_input == "bf16":
-        return ", in bf16 for fc2 (fp8.fc2_input)"
-    if fp8.fused and fp8.recipe != "mxfp8":
-        return f", in FP8 for fc2, and for fc1 in backward ({fp8.recipe} scaling)"
-    reason = "has no kernel of ours" if fp8.fused else "fp8.fused=false"
-    return f", in bf16, which TransformerEngine casts to FP8 ({fp8.recipe}: {reason})"
+        dense = "in bf16 for fc2 (fp8.fc2_input)"
+    elif fp8.recipe == "mxfp8":
+        dense = f"{cast} (mxfp8: has no kernel of ours)"
+    elif fp8.fused:
+        dense = f"in FP8 for fc2, and for fc1 in backward ({fp8.recipe} scaling)"
+    else:
+        dense = f"in FP8 for fc2 ({fp8.recipe} scaling, fp8.fused=false)"
+        if "--recompute-granularity" in flags:
+            dense += ", but in bf16 where Megatron recomputes it"
+    kinds = [f"dense MLPs: {dense}"]
+    if "--num-experts" in flags:
+        kinds.append(f"experts: {cast} (the router's probabilities come between)")
+    ends = {"first": fp8.bf16_layers_at_start, "last": fp8.bf16_layers_at_end}
+    if any(ends.values()):
+        layers = " and ".join(f"{which} {count}" for which, count in ends.items() if count)
+        kinds.append(f"{layers} layers: in bf16")
+    return "".join(f"; {kind}" for kind in kinds)
 
 
 def _claim(job: Job) -> int:
@@ -307,11 +321,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
             signals=signals,
             emulated_fp8=_emulated_fp8(job.recipe),
             watch=_watch(job.recipe),
-            watch_record=(
-                job.run_dir / "fp8_bf16_layers.json"
-                if job.recipe.fp8.on_outlier == "bf16_layer"
-                else None
-            ),
+            watch_record=job.run_dir / "fp8_bf16_layers.json",
             health=HealthSettings(**dataclasses.asdict(job.recipe.health)),
         )
         listener.check_saved()
@@ -322,7 +332,7 @@ def _watch(recipe: Recipe) -> Any:
     from megatron_xielu.mcore.fp8_watch import WatchSettings
 
     fp8 = recipe.fp8
-    if fp8.recipe == "off" or not fp8.watch_interval:
+    if fp8.recipe == "off":
         return None
     return WatchSettings(
         fp8.watch_interval,

@@ -15,9 +15,16 @@ from typing import Any
 import torch
 
 from megatron_xielu.mcore import cpu_platform
-from tests.mcore import checks, fp8_checks, te_checks, te_one_rank_checks, watch_checks
+from tests.mcore import (
+    checks,
+    fp8_checks,
+    te_checks,
+    te_one_rank_checks,
+    te_plain_checks,
+    watch_checks,
+)
 
-MODULES = (checks, fp8_checks, te_checks, te_one_rank_checks, watch_checks)
+MODULES = (checks, fp8_checks, te_checks, te_one_rank_checks, te_plain_checks, watch_checks)
 
 
 def main(tp: str, out: str, *names: str) -> None:

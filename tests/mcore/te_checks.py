@@ -100,6 +100,10 @@ class Fuser:
                 y = self.mlp(self.x)
             y.backward(self.grad_output)
 
+    def cast_by(self, quantizer: Any, tensor: Tensor) -> Any:
+        """What a quantizer that is called returns."""
+        return by_oracle(quantizer, tensor)
+
     def grads(self) -> dict[str, Tensor]:
         """Of the parameters and the input."""
         named = {name: parameter.grad for name, parameter in self.mlp.named_parameters()}
@@ -128,9 +132,10 @@ class Fuser:
 
 
 @contextmanager
-def stood_in(fuser: Fuser) -> Iterator[None]:
+def stood_in(fuser: Any) -> Iterator[None]:
     from transformer_engine.pytorch import quantization, utils
     from transformer_engine.pytorch import tensor as te_tensor
+    from transformer_engine.pytorch.module import linear
     from transformer_engine.pytorch.ops.basic import basic_linear
     from transformer_engine.pytorch.tensor.storage import (
         float8_blockwise_tensor_storage,
@@ -146,11 +151,11 @@ def stood_in(fuser: Fuser) -> Iterator[None]:
             result = (second @ (first.T if layout == "TN" else first)).unflatten(0, TOKENS)
         result = result.to(out_dtype)
         fuser.gemms.append(Gemm(layout, snapshot(a), snapshot(b), result.clone()))
-        return (result,)
+        return result, None, None, None
 
     def quantize(quantizer: Any, tensor: Tensor) -> Any:
         fuser.cast.append(quantizer)
-        return by_oracle(quantizer, tensor)
+        return fuser.cast_by(quantizer, tensor)
 
     kinds = (
         te_tensor.Float8Quantizer,
@@ -159,7 +164,8 @@ def stood_in(fuser: Fuser) -> Iterator[None]:
     )
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(patch.object(basic_linear, "general_gemm", gemm))
+        for user in (basic_linear, linear):
+            enter(patch.object(user, "general_gemm", gemm))
         for module in (utils, float8_tensor_storage, float8_blockwise_tensor_storage):
             # what is put in the place of data that is let go is on the GPU
             enter(patch.object(module, "_empty_tensor", torch.Tensor))
@@ -178,7 +184,7 @@ def stood_in(fuser: Fuser) -> Iterator[None]:
 
 def plain(tensor: Any, *, by_row: bool) -> Tensor:
     """A matrix in float64, from the one of its two copies that is named."""
-    if isinstance(tensor, Tensor):
+    if not hasattr(tensor, "_fp8_dtype"):
         return tensor.detach().double().flatten(0, -2)
     by_row_data, by_column_data, scale_inv, scale_inv_t = parts(tensor)
     data, inverse = (by_row_data, scale_inv) if by_row else (by_column_data, scale_inv_t)
@@ -213,7 +219,7 @@ def parts(tensor: Any) -> tuple[Any, Any, Tensor, Tensor]:
 
 def snapshot(tensor: Any) -> Any:
     """A copy: the linears drop data that they no longer need."""
-    if isinstance(tensor, Tensor):
+    if not hasattr(tensor, "_fp8_dtype"):
         return tensor.detach().clone()
     copied = [None if part is None else part.clone() for part in parts(tensor)]
     return type(tensor).__name__, copied
@@ -221,12 +227,16 @@ def snapshot(tensor: Any) -> Any:
 
 def make_empty(quantizer: Any, shape: Any, *, dtype: Any, device: Any) -> Any:
     """As a quantizer with one scale allocates on Hopper."""
+    from transformer_engine.pytorch.tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
-    assert quantizer.internal, "a linear's quantizer makes tensors without autograd"
     data = torch.empty(*shape, dtype=torch.uint8)
     transpose = torch.empty(shape[-1], *shape[:-1], dtype=torch.uint8)
-    return Float8TensorStorage(
+    kind, alone = Float8TensorStorage, {}
+    if not quantizer.internal:
+        kind, alone = Float8Tensor, {"shape": shape, "dtype": dtype, "device": device}
+    return kind(
+        **alone,
         data=data if quantizer.rowwise_usage else None,
         data_transpose=transpose if quantizer.columnwise_usage else None,
         fp8_scale_inv=torch.empty(1),
@@ -238,7 +248,7 @@ def make_empty(quantizer: Any, shape: Any, *, dtype: Any, device: Any) -> Any:
 
 def by_oracle(quantizer: Any, tensor: Tensor) -> Any:
     """What a quantizer makes of a tensor [..., K], in the tensors that it would return."""
-    from megatron_xielu.mcore.te_fused_mlp import scaling_of
+    from megatron_xielu.mcore.te_quantizers import scaling_of
 
     result = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     own = copy(quantizer)
@@ -314,7 +324,7 @@ def recipe(name: str) -> Any:
 
 def transformer_engine_writes_fp8_between_the_linears() -> dict[str, float]:
     """What fc2 reads and what fc1's gradients are computed from, byte by byte, in each recipe."""
-    from megatron_xielu.mcore.te_fused_mlp import scaling_of
+    from megatron_xielu.mcore.te_quantizers import scaling_of
 
     counts: dict[str, float] = {}
     for name in ("delayed", "tensorwise", "blockwise"):
@@ -610,7 +620,8 @@ def on_a_gpu_ours_is_what_the_quantizer_would_write() -> dict[str, float]:
     from transformer_engine.pytorch.quantization import autocast
 
     from megatron_xielu.mcore.activation import ParallelXIELU, XIELUPlaceholder
-    from megatron_xielu.mcore.te_fused_mlp import XIELUOp, scaling_of
+    from megatron_xielu.mcore.te_fused_mlp import XIELUOp
+    from megatron_xielu.mcore.te_quantizers import scaling_of
 
     counts: dict[str, float] = {}
     for name in ("delayed", "tensorwise", "blockwise"):

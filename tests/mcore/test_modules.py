@@ -52,6 +52,10 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_takes_a_layer_out_of_fp8",
     "transformer_engine_models_of_one_rank_have_the_local_ones_parameters",
     "transformer_engine_models_of_one_rank_are_saved_with_their_histories",
+    "transformer_engine_plain_modules_take_fp8_from_xielu",
+    "transformer_engine_plain_modules_get_bf16_where_fc2_must_cast",
+    "transformer_engine_plain_modules_take_fp8_in_evaluation",
+    "transformer_engine_plain_experts_keep_bf16",
 )
 TRANSFORMER_ENGINE_TWO_RANKS = ("transformer_engine_sums_alphas_over_tensor_parallel_ranks",)
 Results = list[dict[str, dict[str, Any]]]

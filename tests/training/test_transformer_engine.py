@@ -330,28 +330,43 @@ def asked(program: str, question: object) -> object:
     return json.loads(done.stdout)
 
 
+CAST = "in bf16, which TransformerEngine casts to FP8"
+
+
 @pytest.mark.parametrize(
-    ("settings", "text"),
+    ("settings", "flags", "text"),
     [
-        (["fp8.recipe=off"], ""),
-        (["fp8.recipe=blockwise", "fp8.emulate=true"], ""),
+        (["fp8.recipe=off"], [], ""),
+        (["fp8.recipe=blockwise", "fp8.emulate=true"], [], ""),
         (
-            ["fp8.recipe=blockwise"],
-            ", in FP8 for fc2, and for fc1 in backward (blockwise scaling)",
+            ["fp8.recipe=blockwise", "fp8.bf16_layers_at_start=1"],
+            [],
+            "; dense MLPs: in FP8 for fc2, and for fc1 in backward (blockwise scaling); first 1 "
+            "layers: in bf16",
         ),
         (
             ["fp8.recipe=mxfp8"],
-            ", in bf16, which TransformerEngine casts to FP8 (mxfp8: has no kernel of ours)",
+            ["--num-experts=4"],
+            f"; dense MLPs: {CAST} (mxfp8: has no kernel of ours); experts: {CAST} (the router's "
+            "probabilities come between)",
         ),
         (
             ["fp8.recipe=delayed", "fp8.fused=false"],
-            ", in bf16, which TransformerEngine casts to FP8 (delayed: fp8.fused=false)",
+            [],
+            "; dense MLPs: in FP8 for fc2 (delayed scaling, fp8.fused=false)",
+        ),
+        (
+            ["fp8.recipe=delayed", "fp8.fused=false"],
+            ["--recompute-granularity", "full"],
+            "; dense MLPs: in FP8 for fc2 (delayed scaling, fp8.fused=false), but in bf16 where "
+            "Megatron recomputes it",
         ),
         (
             ["fp8.recipe=delayed", "fp8.fc2_input=bf16"],
-            ", in bf16 for fc2 (fp8.fc2_input)",
+            [],
+            "; dense MLPs: in bf16 for fc2 (fp8.fc2_input)",
         ),
     ],
 )
-def test_a_run_says_who_writes_fp8(settings: list[str], text: str) -> None:
-    assert _fp8_results(load_recipe("tiny", settings)) == text
+def test_a_run_says_who_writes_fp8(settings: list[str], flags: list[str], text: str) -> None:
+    assert _fp8_results(load_recipe("tiny", settings), flags) == text
