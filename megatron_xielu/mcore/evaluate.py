@@ -21,7 +21,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_xielu.mcore import cpu_platform, old_alphas, patches, safe_load
+from megatron_xielu.mcore import cpu_platform, other_checkpoints, patches, safe_load
 from megatron_xielu.mcore.activation import XIELUPlaceholder, install
 from megatron_xielu.mcore.layer_specs import use_xielu, xielu_layer_spec
 from megatron_xielu.recipes import Recipe, load_recipe, megatron_args
@@ -57,7 +57,7 @@ def build_model(recipe: Recipe, workdir: Path) -> GPTModel:
 def load_weights(model: GPTModel, checkpoint: Path) -> None:
     """Load a torch_dist checkpoint of any layout into a model of this process."""
     safe_load.enable()
-    old_alphas.enable()
+    other_checkpoints.enable()
     weights = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
     model.load_state_dict(weights["model"])
 

@@ -41,11 +41,14 @@ def xielu_hybrid_spec(config: TransformerConfig) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization=config.normalization).submodules
     use_torch_kernels(layer, config)
     attention = TransformerLayerSubmodules(
+        # checkpoints name a norm by the linear behind it, into which TransformerEngine fuses it
+        sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
         input_layernorm=layer.input_layernorm,
         self_attention=layer.self_attention,
         self_attn_bda=layer.self_attn_bda,
     )
     mlp = TransformerLayerSubmodules(
+        sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
         pre_mlp_layernorm=layer.pre_mlp_layernorm,
         mlp=with_xielu(layer.mlp),
         mlp_bda=layer.mlp_bda,

@@ -30,9 +30,10 @@ from megatron_xielu.mcore import (
     contract,
     cpu_platform,
     fp8_emulation,
-    old_alphas,
+    other_checkpoints,
     patches,
     safe_load,
+    weight_gradients,
 )
 from megatron_xielu.mcore.activation import XIELUPlaceholder
 from megatron_xielu.mcore.datasets import Datasets
@@ -91,7 +92,7 @@ def pretrain(
     on_cpu = cpu_platform.enable()
     patches.skip_dataset_helper_build()
     refused = safe_load.enable()
-    old_alphas.enable()
+    other_checkpoints.enable()
     patches.mend_optimizers()
     patches.group_alphas(alpha_lr_mult)
     preemption = Preemption(signals or StopSignals())
@@ -122,6 +123,8 @@ def pretrain(
         from megatron_xielu.mcore import delayed_scaling
 
         delayed_scaling.save_as_numbers(needed=bool(args.fp8) and args.fp8_recipe == "delayed")
+        if args.gradient_accumulation_fusion and not on_cpu:
+            weight_gradients.use_transformer_engine()
     datasets = Datasets()
     observer = Observer(
         listener,

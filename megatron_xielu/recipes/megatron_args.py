@@ -36,7 +36,8 @@ def megatron_args(
     """Returns the flags of a run that passed `check`, with the derived choices resolved.
 
     `model.vocab_size` must be set. `gradient_accumulation_fusion` needs Apex's extension
-    `fused_weight_gradient_mlp_cuda`, without which upstream refuses to build the output layer.
+    `fused_weight_gradient_mlp_cuda`, without which upstream refuses to build the output layer, or
+    `mcore.weight_gradients` in its place.
     `cache` is a folder below run_dir/cache for the dataset's index files.
     The recipe's `xielu` and `health` sections and `fp8.fc2_input` have no upstream flags and are
     not part of it.

@@ -25,7 +25,7 @@ from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir, transformer_engine
 from megatron_xielu.training.changes import check_keys
 from megatron_xielu.training.report import Reporter, StepMetrics
-from megatron_xielu.training.resolve import Machine, resolve
+from megatron_xielu.training.resolve import Machine, fuses_weight_gradients, resolve
 
 # Megatron's own ways to name data
 _DATA_FLAGS = {
@@ -75,7 +75,9 @@ class Job:
             run_dir=self.run_dir,
             precision=recipe.training.precision,  # type: ignore[arg-type]
             transformer_impl=recipe.model.transformer_impl,  # type: ignore[arg-type]
-            gradient_accumulation_fusion=self.machine.has_gradient_fusion,
+            gradient_accumulation_fusion=fuses_weight_gradients(
+                self.machine, recipe.model.transformer_impl
+            ),
             # Megatron names its index files by the data's path alone
             cache=self.data.train.sha256[:12] if self.data else "",
         )
@@ -95,6 +97,7 @@ def dry_run(request: Request, *, for_gpu: bool = False) -> None:
     job = _job(request, recipe, machine, check_data=has_data, starting=False)
     print(to_yaml(job.recipe))
     print(format_plan(plan(job.recipe, job.world_size)))
+    print(_libraries(job))
     print("\nMegatron arguments:")
     print("\n".join(f"  {line}" for line in _flag_lines(job.argv())))
 
@@ -277,6 +280,31 @@ def _fp8_results(recipe: Recipe, megatron_flags: Sequence[str] = ()) -> str:
     return "".join(f"; {kind}" for kind in kinds)
 
 
+def _libraries(job: Job) -> str:
+    """Whose optimizer and weight gradients a run on GPUs gets; empty for one on CPUs."""
+    machine = job.machine
+    if machine.device == "cpu":
+        return ""
+    # the order in which Megatron looks for one
+    adam = "torch's fused AdamW (neither TransformerEngine nor Apex is installed)"
+    if machine.has_transformer_engine:
+        adam = "TransformerEngine's FusedAdam"
+    elif machine.has_apex:
+        adam = "Apex's FusedAdam"
+    why_not = "neither Apex's extension nor TransformerEngine's layers are there"
+    fused = fuses_weight_gradients(machine, job.recipe.model.transformer_impl)
+    if "--no-gradient-accumulation-fusion" in job.megatron_flags:
+        fused, why_not = False, "--no-gradient-accumulation-fusion"
+    if not fused:
+        # a bf16 gradient is written and read again
+        cost = "4 bytes of traffic more per parameter and micro-batch"
+        return (
+            f"optimizer: {adam}; weight gradients: added in a pass of their own, {cost} ({why_not})"
+        )
+    by = "Apex's extension" if machine.has_gradient_fusion else "TransformerEngine's GEMM"
+    return f"optimizer: {adam}; weight gradients: added by {by}"
+
+
 def _claim(job: Job) -> int:
     return run_dir.claim(
         job.run_dir,
@@ -295,26 +323,18 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
     from megatron_xielu.mcore import cpu_platform
 
     cpu_platform.hide_gpu_libraries()
-    from megatron_xielu.mcore.activation import XIELUPlaceholder
     from megatron_xielu.mcore.health import HealthSettings
     from megatron_xielu.mcore.pretrain import pretrain as megatron_pretrain
 
     if launch.rank() == 0 and not (launch.is_child() and job.machine.device == "cpu"):
         print(_activation(job), file=terminal, flush=True)
-    xielu = job.recipe.xielu
+        print(_libraries(job), end="\n" if job.machine.device == "cuda" else "", file=terminal)
     with _Listener(job, terminal) as listener:
         megatron_pretrain(
             job.argv(),
-            XIELUPlaceholder(
-                xielu.alpha_p_init,
-                xielu.alpha_n_init,
-                xielu.beta,
-                xielu.impl,
-                recompute=xielu.recompute,
-                fc2_input=job.recipe.fp8.fc2_input,
-            ),
+            _placeholder(job.recipe),
             listener,
-            alpha_lr_mult=xielu.lr_mult,
+            alpha_lr_mult=job.recipe.xielu.lr_mult,
             evaluate_first=job.recipe.logging.eval_iters != 0,
             store=run_dir.store(job.run_dir, job.recipe),
             async_save=job.recipe.checkpoint.async_save,
@@ -345,6 +365,20 @@ def _watch(recipe: Recipe) -> Any:
 
 class SaveError(Exception):
     """The run is over and its last state could not be saved."""
+
+
+def _placeholder(recipe: Recipe) -> Any:
+    from megatron_xielu.mcore.activation import XIELUPlaceholder
+
+    xielu = recipe.xielu
+    return XIELUPlaceholder(
+        xielu.alpha_p_init,
+        xielu.alpha_n_init,
+        xielu.beta,
+        xielu.impl,
+        recompute=xielu.recompute,
+        fc2_input=recipe.fp8.fc2_input,
+    )
 
 
 def _emulated_fp8(recipe: Recipe) -> Any:

@@ -27,6 +27,8 @@ class Machine:
     num_gpus: int
     has_transformer_engine: bool
     has_gradient_fusion: bool
+    """Apex's extension that adds weight gradients."""
+    has_apex: bool = False
 
     @classmethod
     def detect(cls) -> Machine:
@@ -37,12 +39,19 @@ class Machine:
             num_gpus=num_gpus,
             has_transformer_engine=_has_module("transformer_engine"),
             has_gradient_fusion=_has_module(_GRADIENT_FUSION),
+            has_apex=_has_module("apex.optimizers"),
         )
 
     @classmethod
     def gpu(cls) -> Machine:
         """A GPU machine as the container has it, for plans made elsewhere."""
         return cls("cuda", num_gpus=0, has_transformer_engine=True, has_gradient_fusion=False)
+
+
+def fuses_weight_gradients(machine: Machine, transformer_impl: str) -> bool:
+    """Whether weight gradients can be added into the main ones by the GEMM that computes them."""
+    by_te = machine.has_transformer_engine and transformer_impl == "transformer_engine"
+    return machine.device == "cuda" and (machine.has_gradient_fusion or by_te)
 
 
 def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recipe:
@@ -113,4 +122,8 @@ def _eval_iters(recipe: Recipe, data: DatasetInfo | None) -> int | None:
 
 
 def _has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # of a package that is not there, or is another one of that name
+        return False

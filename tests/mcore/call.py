@@ -19,12 +19,21 @@ from tests.mcore import (
     checks,
     fp8_checks,
     te_checks,
+    te_model_checks,
     te_one_rank_checks,
     te_plain_checks,
     watch_checks,
 )
 
-MODULES = (checks, fp8_checks, te_checks, te_one_rank_checks, te_plain_checks, watch_checks)
+MODULES = (
+    checks,
+    fp8_checks,
+    te_checks,
+    te_model_checks,
+    te_one_rank_checks,
+    te_plain_checks,
+    watch_checks,
+)
 
 
 def main(tp: str, out: str, *names: str) -> None:

@@ -48,6 +48,9 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_saves_delayed_scaling",
     "transformer_engine_quantizers_of_other_kinds_work_by_themselves",
     "transformer_engine_backward_in_high_precision_gets_bf16",
+    "transformer_engine_models_are_the_local_ones",
+    "transformer_engine_hybrid_models_are_the_local_ones",
+    "transformer_engine_adds_weight_gradients_for_megatron",
     "transformer_engine_looks_at_what_it_writes",
     "transformer_engine_takes_a_layer_out_of_fp8",
     "transformer_engine_models_of_one_rank_have_the_local_ones_parameters",
@@ -57,7 +60,14 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_plain_modules_take_fp8_in_evaluation",
     "transformer_engine_plain_experts_keep_bf16",
 )
-TRANSFORMER_ENGINE_TWO_RANKS = ("transformer_engine_sums_alphas_over_tensor_parallel_ranks",)
+ON_A_GPU = (
+    "on_a_gpu_ours_is_what_the_quantizer_would_write",
+    "on_a_gpu_weight_gradients_are_added_by_transformer_engine",
+)
+TRANSFORMER_ENGINE_TWO_RANKS = (
+    "transformer_engine_sums_alphas_over_tensor_parallel_ranks",
+    "transformer_engine_models_are_the_local_ones_on_two_ranks",
+)
 Results = list[dict[str, dict[str, Any]]]
 TWO_RANKS = ("tensor_parallel_ranks_draw_different_weights",)
 
@@ -99,9 +109,10 @@ def test_transformer_engine_on_a_gpu(tmp_path: Path) -> None:
         pytest.skip("TransformerEngine is not installed")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("there is no GPU that computes every recipe in FP8")
-    check = "on_a_gpu_ours_is_what_the_quantizer_would_write"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    report(run_checks(tmp_path, [check], 1, CUDA_VISIBLE_DEVICES=visible), check)
+    results = run_checks(tmp_path, ON_A_GPU, 1, CUDA_VISIBLE_DEVICES=visible)
+    for check in ON_A_GPU:
+        report(results, check)
 
 
 def report(results: Results, check: str) -> None:

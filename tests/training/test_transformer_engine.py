@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import load_recipe
-from megatron_xielu.training.pretrain import _fp8_results
+from megatron_xielu.training.pretrain import Job, _fp8_results, _libraries, _placeholder
 from megatron_xielu.training.resolve import Machine, resolve
 from megatron_xielu.training.transformer_engine import NEEDS, Found, can_run, check, install_command
 from tests.ranks import environment
@@ -370,3 +371,66 @@ CAST = "in bf16, which TransformerEngine casts to FP8"
 )
 def test_a_run_says_who_writes_fp8(settings: list[str], flags: list[str], text: str) -> None:
     assert _fp8_results(load_recipe("tiny", settings), flags) == text
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "text"),
+    [
+        (
+            Machine("cuda", 1, True, False),
+            (),
+            "optimizer: TransformerEngine's FusedAdam; "
+            "weight gradients: added by TransformerEngine's GEMM",
+        ),
+        (
+            Machine("cuda", 1, True, True, has_apex=True),
+            (),
+            "optimizer: TransformerEngine's FusedAdam; weight gradients: added by Apex's extension",
+        ),
+        (
+            Machine("cuda", 1, False, True, has_apex=True),
+            (),
+            "optimizer: Apex's FusedAdam; weight gradients: added by Apex's extension",
+        ),
+        (
+            Machine("cuda", 1, False, False),
+            (),
+            "optimizer: torch's fused AdamW (neither TransformerEngine nor Apex is installed); "
+            "weight gradients: added in a pass of their own, 4 bytes of traffic more per parameter "
+            "and micro-batch (neither Apex's extension nor TransformerEngine's layers are there)",
+        ),
+        (
+            Machine("cuda", 1, True, True),
+            ("--no-gradient-accumulation-fusion",),
+            "optimizer: TransformerEngine's FusedAdam; weight gradients: added in a pass of their "
+            "own, 4 bytes of traffic more per parameter and micro-batch "
+            "(--no-gradient-accumulation-fusion)",
+        ),
+        (Machine("cpu", 0, True, True), (), ""),
+    ],
+)
+def test_a_run_says_whose_optimizer_and_gradients_it_has(
+    machine: Machine, flags: tuple[str, ...], text: str
+) -> None:
+    recipe = resolve(load_recipe("llama-1.1b-xielu"), machine, None)
+    job = Job(recipe, Path("run"), 1, machine, flags, None, ())
+    assert _libraries(job) == text
+    fused = machine.device == "cuda" and "added by" in text
+    if not flags:
+        given = replace(recipe, model=replace(recipe.model, vocab_size=512))
+        argv = replace(job, recipe=given).argv()
+        assert ("--no-gradient-accumulation-fusion" not in argv) == fused
+
+
+def test_xielus_settings_reach_its_placeholder() -> None:
+    keys = ["xielu.alpha_p_init=1.25", "xielu.alpha_n_init=2", "xielu.beta=0.75"]
+    keys += ["xielu.impl=eager", "xielu.recompute=true", "fp8.fc2_input=bf16"]
+    found = vars(_placeholder(load_recipe("tiny", keys)))
+    assert found == {
+        "alpha_p_init": 1.25,
+        "alpha_n_init": 2.0,
+        "beta": 0.75,
+        "impl": "eager",
+        "recompute": True,
+        "fc2_input": "bf16",
+    }

@@ -1,7 +1,8 @@
-"""Load alphas as the swiss-ai fork of Megatron saved them: (layers,) or (layers, 1), often in bf16.
+"""Load checkpoints of the swiss-ai fork of Megatron, and of other layers than the model's own.
 
-Here they are (layers, 1) in fp32. Copying converts the type; the shape is converted by asking for
-the stored one.
+The fork saved alphas as (layers,) or (layers, 1), often in bf16; here they are (layers, 1) in fp32.
+Copying converts the type; the shape is converted by asking for the stored one. TransformerEngine's
+modules ask for an extra state, some of which no local layer has saved: they get none.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from typing import Any
 import megatron.core.dist_checkpointing
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+)
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_xielu.mcore import patches
 from megatron_xielu.unpickle import read_index
 
+_EXTRA_STATE = "._extra_state"
 _ALPHA = ".activation_func.alpha_"
 
 
@@ -34,6 +40,8 @@ def _converting(load: Callable[..., Any]) -> Callable[..., Any]:
         told: set[str] = set()
 
         def as_stored(value: Any) -> Any:
+            if isinstance(value, ShardedObject) and value.key.endswith(_EXTRA_STATE):
+                return value if value.unique_key in stored else LocalNonpersistentObject(None)
             if not isinstance(value, ShardedTensor) or _ALPHA not in value.key:
                 return value
             entry = stored.get(value.key)
