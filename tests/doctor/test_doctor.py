@@ -106,7 +106,10 @@ def test_a_check_that_hangs_is_ended_with_what_it_started(
 
 def test_ctrl_c_ends_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = tmp_path / "pid"
+    # where the tests themselves run in the background, a shell has told them to ignore it
     program = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.doctor.test_doctor import NOTHING, fault
 from megatron_xielu.doctor.run import check_all
 check_all([fault("hangs", argument={str(note)!r}, seconds=300)], NOTHING)
