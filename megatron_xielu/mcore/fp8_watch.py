@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.training.global_vars import get_args, get_tensorboard_writer
 from torch import nn
 
-from megatron_xielu.errors import UnhealthyRun
+from megatron_xielu.errors import UnhealthyRun, UserError
 from megatron_xielu.mcore.activation import ParallelXIELU
 from megatron_xielu.mcore.fp8_emulation import EmulatedProduct, Statistics
 from megatron_xielu.mcore.observer import Listener, is_reporting_rank
@@ -220,11 +220,23 @@ def measure(model: Sequence[nn.Module], num_layers: int) -> Numbers:
 
 
 def keep_in_bf16(mlp: Any) -> None:
-    """From now on an MLP's second product is not computed in FP8."""
+    """From now on an MLP's second product is not computed in FP8.
+
+    Raises:
+        UserError: its layers are TransformerEngine's plain modules, which always cast.
+    """
     if _emulated(mlp) is not None:
         for name in ("_forward_impl", "get_extra_state", "set_extra_state"):
             vars(mlp.linear_fc2).pop(name, None)
         return
+    if mlp.activation_func.fc2_input == "bf16":
+        return
+    if type(mlp).__name__ != "XIELUFusedMLP":
+        raise UserError(
+            "a layer of this run went on with fc2 in bf16 (fp8.on_outlier=bf16_layer), which "
+            "TransformerEngine's plain modules cannot; set fp8.fused=true, or remove "
+            "fp8_bf16_layers.json from the run folder to take it back into FP8"
+        )
     # the modules take over what the operations have of delayed scaling, and hand it to the new ones
     for linear in (mlp.linear_fc1, mlp.linear_fc2):
         linear.set_extra_state(linear.get_extra_state())
