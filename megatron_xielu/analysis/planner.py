@@ -151,12 +151,6 @@ def peak_flops(device_name: str) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)]
 
 
-def fp8_peak_flops(device_name: str) -> float | None:
-    """Dense FP8 FLOP/s of a device, or None if it has no FP8 or is not in the table."""
-    peak = peak_flops(device_name)
-    return None if peak is None or "A100" in device_name else FP8_RATE * peak
-
-
 def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
     """A byte model of the fullest pipeline stage.
 

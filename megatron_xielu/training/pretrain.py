@@ -97,7 +97,8 @@ def dry_run(request: Request, *, for_gpu: bool = False) -> None:
     job = _job(request, recipe, machine, check_data=has_data, starting=False)
     print(to_yaml(job.recipe))
     print(format_plan(plan(job.recipe, job.world_size)))
-    print(_libraries(job))
+    if machine.device == "cuda":
+        print(_libraries(job))
     print("\nMegatron arguments:")
     print("\n".join(f"  {line}" for line in _flag_lines(job.argv())))
 
@@ -328,7 +329,8 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
 
     if launch.rank() == 0 and not (launch.is_child() and job.machine.device == "cpu"):
         print(_activation(job), file=terminal, flush=True)
-        print(_libraries(job), end="\n" if job.machine.device == "cuda" else "", file=terminal)
+        if job.machine.device == "cuda":
+            print(_libraries(job), file=terminal, flush=True)
     with _Listener(job, terminal) as listener:
         megatron_pretrain(
             job.argv(),

@@ -13,7 +13,6 @@ from megatron_xielu.analysis.planner import (
     estimate_memory,
     flops_per_token,
     format_plan,
-    fp8_peak_flops,
     peak_flops,
     plan,
 )
@@ -317,19 +316,3 @@ def test_format_is_aligned_and_complete() -> None:
 def test_peak_flops(device: str, expected: float | None) -> None:
     assert peak_flops(device) == expected
     assert expected is None or expected in PEAK_FLOPS.values()
-
-
-@pytest.mark.parametrize(
-    ("device", "expected"),
-    [
-        # the data sheets say 3,958, 3,026 and 9,000 TFLOP/s with sparsity
-        ("NVIDIA H100 80GB HBM3", 1979e12),
-        ("NVIDIA H100 PCIe", 1513e12),
-        ("NVIDIA B200", 4500e12),
-        ("NVIDIA A100-SXM4-80GB", None),
-        ("cpu", None),
-    ],
-)
-def test_fp8_peak_flops(device: str, expected: float | None) -> None:
-    found = fp8_peak_flops(device)
-    assert found == (None if expected is None else pytest.approx(expected, rel=1e-3))
