@@ -97,7 +97,8 @@ def xielu_as_published(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float 
     """
     a_p = F.softplus(alpha_p)
     a_n = beta + F.softplus(alpha_n)
-    eps = torch.tensor(-PAPER_EPS, dtype=x.dtype, device=x.device)
+    # filled on the device, which a CUDA graph can capture and a copy from the host cannot
+    eps = torch.full((), -PAPER_EPS, dtype=x.dtype, device=x.device)
     exponential = torch.expm1(torch.min(x, eps))
     return torch.where(x > 0, a_p * x * x + beta * x, a_n * exponential - a_n * x + beta * x)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -286,3 +287,14 @@ def transformer_engine_plain_experts_keep_bf16() -> None:
     assert [name for name, writes in found.items() if writes] == [
         "decoder.layers.0.mlp.activation_func"
     ]
+
+
+def transformer_engine_plain_modules_cannot_leave_fp8() -> None:
+    """A layer that the outlier watch took out of FP8 would silently be back in it."""
+    from megatron_xielu.errors import UserError
+    from megatron_xielu.mcore.fp8_watch import keep_in_bf16
+
+    mlp = Plain("tensorwise").mlp
+    with pytest.raises(UserError, match=r"fp8\.fused=true.*fp8_bf16_layers\.json"):
+        keep_in_bf16(mlp)
+    assert mlp.activation_func.fc2_input == "fp8"

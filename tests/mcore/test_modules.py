@@ -59,6 +59,7 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_plain_modules_get_bf16_where_fc2_must_cast",
     "transformer_engine_plain_modules_take_fp8_in_evaluation",
     "transformer_engine_plain_experts_keep_bf16",
+    "transformer_engine_plain_modules_cannot_leave_fp8",
 )
 ON_A_GPU = (
     "on_a_gpu_ours_is_what_the_quantizer_would_write",

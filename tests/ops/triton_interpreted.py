@@ -31,6 +31,8 @@ from megatron_xielu.ops.reference import REFERENCES, inverse_softplus
 COEFFICIENTS = [(0.8, 0.3), (0.05, 0.0123), (3.0, 1.5), (0.2, 7.5)]
 BETA = 0.5
 EPS = torch.finfo(torch.float32).eps
+# relative error of ex2.approx.ftz.f32 at most (PTX ISA)
+EX2 = 2.0**-22
 # what may be lost of a sum's terms: ten operations in each, 8 in a row, then 1024 in a tree
 SUMMATION = (10 + 8 + 10) * EPS / 2
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -88,14 +90,18 @@ def truth(
     return y.detach(), grad_x, grads
 
 
-def error_in_ulp(got: Tensor, want: Tensor) -> Tensor:
-    """|got - want| in units of the last place of got's type at `want`."""
-    info = torch.finfo(got.dtype)
+def ulp(want: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit of the last place of numbers of a type next to `want`."""
+    info = torch.finfo(dtype)
     digits = -round(math.log2(info.eps))
     _, exponent = torch.frexp(want)
     lowest = round(math.log2(info.tiny))
-    ulp = torch.ldexp(torch.ones_like(want), (exponent - 1).clamp(min=lowest) - digits)
-    return (got.double() - want).abs() / ulp
+    return torch.ldexp(torch.ones_like(want), (exponent - 1).clamp(min=lowest) - digits)
+
+
+def error_in_ulp(got: Tensor, want: Tensor) -> Tensor:
+    """|got - want| in units of the last place of got's type at `want`."""
+    return (got.double() - want).abs() / ulp(want, got.dtype)
 
 
 def terms(activation: Activation, x: Tensor, alphas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -122,16 +128,21 @@ def every_16_bit_value(dtype: torch.dtype, device: str) -> Tensor:
 
 def every_16_bit_value_is_rounded_correctly(name: str, dtype: str, device: str) -> None:
     activation, x = FAMILY[name], every_16_bit_value(DTYPES[dtype], device)
+    on_a_gpu = x.is_cuda
     largest = torch.finfo(DTYPES[dtype]).max
     for p, n in COEFFICIENTS if activation.alphas else COEFFICIENTS[:1]:
         alphas = raw(activation, device, p, n)
         got, want = compute(activation, x, alphas), truth(activation, x, alphas)
         worst = []
-        for i in range(2):
-            error = error_in_ulp(got[i], want[i])[want[i].abs() < largest]
-            worst.append(float(error.max()))
+        for i, scale in enumerate(terms(activation, x, alphas)):
+            finite = want[i].abs() < largest
+            error = error_in_ulp(got[i], want[i])
+            worst.append(float(error[finite].max()))
+            # the interpreter's exponential is exact, and a GPU's is not: where the terms cancel,
+            # its error is left over
+            allowed = 0.501 + on_a_gpu * EX2 * scale / ulp(want[i], x.dtype)
+            assert (error <= allowed)[finite].all(), f"p {p}, n {n}: {worst[-1]:.4f} ULP"
         print(f"p {p}, n {n}: y {worst[0]:.4f} ULP, dx {worst[1]:.4f} ULP of {x.numel()} inputs")
-        assert max(worst) <= 0.501
 
 
 def bfloat16_misses_only_where_terms_cancel(device: str) -> None:
