@@ -47,6 +47,19 @@ def test_cpu_figures_are_those_of_the_table() -> None:
             assert [f"{value:.2f}" for value in found] == [word.strip() for word in cell.split(",")]
 
 
+def test_gpu_figures_are_those_of_the_table() -> None:
+    with (ROOT / "docs/benchmarks/gpu.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["p50_us"]]
+    measured = {
+        (f"{float(row['p50_us']):.1f}", f"{float(row['ratio_to_copy_limit']):.3f}") for row in rows
+    }
+    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| \| us \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    lines = [tuple(cell.strip() for cell in line.split("|")[2:4]) for line in table.splitlines()]
+    assert lines
+    assert set(lines) <= measured
+
+
 def test_the_layout_table_is_of_the_matrix_and_all_agree() -> None:
     text = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^    megatron-xielu (doctor .*)$", text, re.MULTILINE)
@@ -58,12 +71,18 @@ def test_the_layout_table_is_of_the_matrix_and_all_agree() -> None:
     assert {flag for _, *flags in rows for flag in flags} == {"yes"}
 
 
-def test_the_doctors_sample_has_every_check() -> None:
+def test_the_doctors_samples_have_every_check() -> None:
     text = (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
-    (sample,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
-    shown = re.findall(r"^  (\S.*?) +(pass|FAIL|skipped) ", sample, re.MULTILINE)
-    assert [name for name, _ in shown] == [check.name for check in CHECKS if check.quick]
-    assert {verdict for _, verdict in shown} == {"pass", "skipped"}
+    shown = [
+        re.findall(r"^  (\S.*?) +(pass|FAIL|skipped) ", sample, re.MULTILINE)
+        for sample in re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    ]
+    without_gpu, on_a_gpu = ([name for name, _ in sample] for sample in shown)
+    assert without_gpu == [check.name for check in CHECKS if check.quick]
+    assert {verdict for _, verdict in shown[0]} == {"pass", "skipped"}
+    # the matrix of layouts has a page of its own
+    assert on_a_gpu == [check.name for check in CHECKS if check.gpu and check.seconds < 600]
+    assert {verdict for _, verdict in shown[1]} == {"pass"}
 
 
 def test_the_fp8_sizes_are_those_of_the_presets() -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 512
 STEPS = 4
-# nats: what rounding y to bf16 before FP8 may change. FP8 itself changes these losses by less in
-# the emulation; no GPU has shown yet what it is.
+# nats: what rounding y to bf16 before FP8 may change, 30 times what an H100 showed (0.0006). FP8
+# itself changes these losses by less in the emulation
 PARITY = 0.02
 
 
