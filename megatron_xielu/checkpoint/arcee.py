@@ -28,6 +28,13 @@ def refuse_unrepresentable(recipe: Recipe) -> None:
         reasons.append(
             f"xielu.beta={recipe.xielu.beta}: clients compute with 0.5 whatever the file says"
         )
+    if model.activation != "xielu":
+        reasons.append(f"model.activation={model.activation}: no export has been written for it")
+    if model.rope_scaling_factor is not None:
+        reasons.append(
+            f"model.rope_scaling_factor={model.rope_scaling_factor}: no export has been written "
+            "for it"
+        )
     if model.qk_layernorm:
         reasons.append("model.qk_layernorm=true: Arcee has no QK-norm")
     if model.hidden_size % model.num_attention_heads:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_xielu.recipes import Recipe, load_recipe, megatron_args, preset_names
 
@@ -40,6 +41,7 @@ UNPARSED: dict[str, set[str]] = {section: set() for section in SAME_NAMES} | {
         "activation",
         "tie_embeddings",
         "rope_theta",
+        "rope_scaling_factor",
         "transformer_impl",
     },
     "training": {"precision"},
@@ -89,6 +91,7 @@ def test_megatron_reads_back_the_recipe(
         for field in sorted(set(values) - UNPARSED[section]):
             assert getattr(args, renamed.get(field, field)) == values[field], f"{section}.{field}"
     assert args.rotary_base == recipe.model.rope_theta
+    assert not args.use_rope_scaling
     assert args.kv_channels * args.num_attention_heads == args.hidden_size
     assert args.untie_embeddings_and_output_weights is not recipe.model.tie_embeddings
     assert args.max_position_embeddings == args.seq_length == recipe.model.seq_length
@@ -114,6 +117,7 @@ def test_options_reach_their_flags(parser: argparse.ArgumentParser) -> None:
         "model.num_query_groups=2",
         "model.head_dim=64",
         "model.qk_layernorm=true",
+        "model.rope_scaling_factor=32",
         "model.tie_embeddings=false",
         "parallel.use_distributed_optimizer=false",
         "parallel.sequence_parallel=true",
@@ -124,6 +128,7 @@ def test_options_reach_their_flags(parser: argparse.ArgumentParser) -> None:
     assert args.num_query_groups == 2
     assert args.kv_channels == 64
     assert args.qk_layernorm
+    assert (args.use_rope_scaling, args.rope_scaling_factor) == (True, 32.0)
     assert args.sequence_parallel
     assert args.untie_embeddings_and_output_weights
     assert args.gradient_accumulation_fusion
@@ -188,6 +193,31 @@ def test_megatron_builds_the_intended_model(
     assert transformer.bf16 is (precision == "bf16")
     assert transformer.embedding_init_method_std == transformer.init_method_std == 0.025
     assert args.accumulate_allreduce_grads_in_fp32 is (precision == "bf16")
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("platform", [{}, GPU], ids=["cpu", "gpu"])
+def test_baselines_are_megatrons_own_activations(
+    parser: argparse.ArgumentParser, activation: str, platform: dict[str, Any]
+) -> None:
+    from megatron.core.activations import squared_relu
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import validate_args
+
+    one_rank = "parallel.tensor_model_parallel_size=1"
+    recipe = _recipe("tiny", f"model.activation={activation}", one_rank)
+    args = parser.parse_args(_argv(recipe, **platform))
+    # a kernel of TransformerEngine's, which need not be installed here
+    args.apply_rope_fusion = False
+    args.rank, args.world_size = 0, 1
+    transformer = gpt_config_from_args(validate_args(args)).transformer
+    silu = torch.nn.functional.silu
+    expected = (silu, True, True) if activation == "swiglu" else (squared_relu, False, False)
+    assert expected == (
+        transformer.activation_func,
+        transformer.gated_linear_unit,
+        transformer.bias_activation_fusion,
+    )
 
 
 def test_schedule_is_the_papers() -> None:

@@ -13,11 +13,13 @@ from megatron_xielu.recipes import (
     validate,
 )
 
+# the batch of 440 goes with these alone; 16, 32 and 64 are not among them
+SIZES_1B = {1, 2, 4, 8, 11, 22, 44, 88}
+SIZES_3B = {2, 4, 8, 16, 32, 64, 128, 256}
 WORLD_SIZES = {
     "tiny": {2},
-    # the batch of 440 goes with these alone; 16, 32 and 64 are not among them
-    "llama-1.1b-xielu": {1, 2, 4, 8, 11, 22, 44, 88},
-    "llama-3b-xielu": {2, 4, 8, 16, 32, 64, 128, 256},
+    **{f"llama-1.1b-{activation}": SIZES_1B for activation in ("xielu", "swiglu", "relu2")},
+    **{f"llama-3b-{activation}": SIZES_3B for activation in ("xielu", "swiglu", "relu2")},
 }
 # what the messages below name, whatever the preset is tuned to
 BASE = [
@@ -103,6 +105,11 @@ RULES = [
         "nearest legal: 10000",
     ),
     (
+        ["model.rope_scaling_factor=0.5"],
+        2,
+        "model.rope_scaling_factor=0.5 must be at least 1; nearest legal: 1",
+    ),
+    (
         ["model.ffn_hidden_size=769"],
         2,
         "model.ffn_hidden_size=769 is not divisible by tensor_model_parallel_size=2; "
@@ -159,6 +166,24 @@ RULES = [
         2,
         "xielu.alpha_n_init=0.5 must be greater than xielu.beta=0.5; "
         "the paper's distance gives 0.8",
+    ),
+    (
+        ["model.activation=swiglu", "xielu.recompute=true"],
+        2,
+        "xielu.recompute=true has no meaning with model.activation=swiglu; "
+        "legal: false, or model.activation=xielu",
+    ),
+    (
+        ["model.activation=relu2", "xielu.alpha_n_init=0.4"],
+        2,
+        "xielu.alpha_n_init=0.4 has no meaning with model.activation=relu2; "
+        "legal: 0.8, or model.activation=xielu",
+    ),
+    (
+        ["xielu.saved_input=e4m3", "xielu.impl=reference"],
+        2,
+        "xielu.saved_input=e4m3 cannot go with xielu.impl=reference, whose backward is "
+        "autograd's; legal: saved_input=exact, or impl=auto, triton, cpu or eager",
     ),
     (["xielu.alpha_p_init=0"], 2, "xielu.alpha_p_init=0.0 must be greater than 0"),
     (["xielu.beta=-1"], 2, "xielu.beta=-1.0 must be greater than 0"),
