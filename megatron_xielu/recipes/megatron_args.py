@@ -52,7 +52,7 @@ def megatron_args(
         _logging(recipe, run_dir),
         _precision(precision),
         _fp8(recipe),
-        _platform(device, transformer_impl, gradient_accumulation_fusion),
+        _platform(device, precision, transformer_impl, gradient_accumulation_fusion),
     ):
         flags += _to_argv(group)
     return flags
@@ -217,7 +217,9 @@ def _fp8(recipe: Recipe) -> Flags:
     return flags
 
 
-def _platform(device: str, transformer_impl: str, gradient_accumulation_fusion: bool) -> Flags:
+def _platform(
+    device: str, precision: str, transformer_impl: str, gradient_accumulation_fusion: bool
+) -> Flags:
     local, cpu = transformer_impl == "local", device == "cpu"
     return {
         "--transformer-impl": transformer_impl,
@@ -228,7 +230,8 @@ def _platform(device: str, transformer_impl: str, gradient_accumulation_fusion: 
         "--no-persist-layer-norm": local,
         "--no-rope-fusion": local,
         "--attention-softmax-in-fp32": local,
-        "--cross-entropy-loss-fusion": not cpu,
+        # the fused one rounds the gradient of fp32 logits to bf16
+        "--cross-entropy-loss-fusion": not cpu and precision == "bf16",
         # torch.compile needs a driver with a CUDA build of torch
         "--disable-jit-fuser": cpu,
     }

@@ -188,7 +188,7 @@ def test_memory_counts_the_bytes_of_each_kind() -> None:
     assert memory.optimizer == pytest.approx(12 * parameters / 88)
     # norms 4 x 1536, attention 4 x 1536, xIELU 2 x 9216, of 2 bytes, in 24 layers
     assert memory.activations == 24 * tokens * (8 * 1536 + 2 * 9216) * 2
-    assert memory.logits == tokens * 147456 * (2 + 4)
+    assert memory.logits == tokens * 147456 * (2 + 4 + 4)
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits]
     assert memory.total == sum(parts)
 
