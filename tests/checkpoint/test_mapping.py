@@ -8,8 +8,8 @@ import pytest
 import torch
 from checkpoint_layouts import LAYOUTS, recipe_of, target_of
 from index_file import edit_index, rename_keys
-from write_checkpoint import weight_of
 from torch.distributed.checkpoint.metadata import Metadata
+from write_checkpoint import weight_of
 
 from megatron_xielu.checkpoint.architecture import Architecture
 from megatron_xielu.checkpoint.mapping import (
@@ -101,7 +101,9 @@ def test_every_entry_goes_both_ways() -> None:
 
 
 def test_tied_embeddings_have_no_output_layer() -> None:
-    tied, untied = (Architecture.of_recipe(recipe_of(name), VOCAB) for name in ("mha-tied-pp2", "gqa"))
+    tied, untied = (
+        Architecture.of_recipe(recipe_of(name), VOCAB) for name in ("mha-tied-pp2", "gqa")
+    )
     assert len(table(untied)) == len(table(tied)) + 1
 
 
@@ -247,4 +249,3 @@ def test_numbers_without_their_scale_are_refused(copy_run: Callable[[str], Path]
     edit_index(run / "checkpoints" / "iter_0000200", store_fp8)
     with pytest.raises(UserError, match=r"fc2\.weight is stored as float8_e4m3fn, without what"):
         locate(*open_layout(run, "gqa"))
-

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_xielu.checkpoint.manifest import MANIFEST
 from megatron_xielu.checkpoint.architecture import Architecture
+from megatron_xielu.checkpoint.manifest import MANIFEST
 from megatron_xielu.checkpoint.mapping import locate, read_weight
 from megatron_xielu.checkpoint.store import LATEST
 from megatron_xielu.checkpoint.targets import TARGETS
