@@ -95,6 +95,8 @@ def _expected_arguments(recipe: Recipe, args: Any) -> dict[str, Any]:
         "qk_layernorm": model.qk_layernorm,
         "rotary_base": model.rope_theta,
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
+        "squared_relu": model.activation == "relu2",
+        "swiglu": model.activation == "swiglu",
         **_LLAMA,
     }
     # without grouped queries the saved value is an unused default
@@ -117,7 +119,6 @@ _LLAMA: dict[str, Any] = {
     "rotary_interleaved": False,
     "rotary_percent": 1.0,
     "rotary_seq_len_interpolation_factor": None,
-    "swiglu": False,
     "use_rope_scaling": False,
     "window_size": None,
 }
