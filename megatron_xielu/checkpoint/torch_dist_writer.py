@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,8 +104,6 @@ def write_checkpoint(
                 for part in members:
                     _write_part(file, name, part, index)
                     progress(part.num_bytes)
-                file.flush()
-                os.fsync(file.fileno())
             describe(name)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (folder / _CONFIG).write_text(json.dumps(config))
@@ -127,7 +124,7 @@ def _files(parts: Iterable[Part]) -> list[list[Part]]:
 
 def _write_part(file: BinaryIO, name: str, part: Part, index: Metadata) -> None:
     tensor = part.load()
-    assert tuple(tensor.shape) == part.part_shape and tensor.dtype == part.dtype, part.key
+    assert (tuple(tensor.shape), tensor.dtype) == (part.part_shape, part.dtype), part.key
     offsets, sizes = [0] * len(part.shape), list(part.shape)
     if part.row is not None:
         offsets[0], sizes[0] = part.row, 1
