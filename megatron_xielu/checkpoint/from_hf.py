@@ -344,5 +344,5 @@ def _new_run(out_dir: Path) -> Iterator[Path]:
             yield folder
     except SafetensorError as error:
         raise UserError(f"A tensor could not be read: {error}. Get the folder again.") from error
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f"{out_dir} could not be written: {error}. Nothing is there.") from error

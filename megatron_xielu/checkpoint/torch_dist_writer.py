@@ -131,7 +131,13 @@ def _write_part(file: BinaryIO, name: str, part: Part, index: Metadata) -> None:
     start = file.tell()
     # a view would be saved with all of the memory it looks into
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    torch.save((tensor if whole else tensor.clone()).view(sizes), file)
+    try:
+        torch.save((tensor if whole else tensor.clone()).view(sizes), file)
+    except RuntimeError as error:
+        # torch notices a failed write by its own count of bytes, and hides why
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     entry = index.state_dict_metadata.setdefault(
         part.key,
         TensorStorageMetadata(TensorProperties(part.dtype), torch.Size(part.shape), chunks=[]),
