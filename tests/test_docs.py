@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -89,7 +90,13 @@ def test_the_fp8_sizes_are_those_of_the_presets() -> None:
         seen.add((name, int(tp)))
     # 16 heads: every degree of tensor parallelism that both have
     presets = [name for name in preset_names() if name.startswith("llama-")]
-    assert seen == {(name, tp) for name in presets for tp in (1, 2, 4, 8, 16)}
+    ours = [name for name in presets if name.endswith("-xielu")]
+    assert seen == {(name, tp) for name in ours for tp in (1, 2, 4, 8, 16)}
+    # the baselines run in FP8 wherever xIELU does
+    for name, (_, tp) in itertools.product(set(presets) - set(ours), seen):
+        layout = [f"parallel.tensor_model_parallel_size={tp}", "parallel.sequence_parallel=false"]
+        for fp8 in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+            assert validate(load_recipe(name, [*layout, f"fp8.recipe={fp8}"]), tp) == []
 
 
 def test_the_fp8_defaults_are_those_of_a_recipe(tmp_path: Path) -> None:

@@ -94,11 +94,15 @@ def _expected_arguments(recipe: Recipe, args: Any) -> dict[str, Any]:
         "layernorm_epsilon": model.norm_epsilon,
         "qk_layernorm": model.qk_layernorm,
         "rotary_base": model.rope_theta,
+        "use_rope_scaling": model.rope_scaling_factor is not None,
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
         "squared_relu": model.activation == "relu2",
         "swiglu": model.activation == "swiglu",
         **_LLAMA,
     }
+    # without scaling the saved factor is an unused default
+    if model.rope_scaling_factor is not None:
+        expected["rope_scaling_factor"] = model.rope_scaling_factor
     # without grouped queries the saved value is an unused default
     if getattr(args, "group_query_attention", False):
         expected["num_query_groups"] = num_query_groups(model)
@@ -119,7 +123,6 @@ _LLAMA: dict[str, Any] = {
     "rotary_interleaved": False,
     "rotary_percent": 1.0,
     "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
     "window_size": None,
 }
 
