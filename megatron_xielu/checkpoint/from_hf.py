@@ -236,9 +236,7 @@ def _stored_dtypes(folder: HfFolder, placements: list[Placement]) -> dict[str, t
     return dtypes
 
 
-def _part(
-    folder: HfFolder, placement: Placement, arch: Architecture, dtype: torch.dtype
-) -> Part:
+def _part(folder: HfFolder, placement: Placement, arch: Architecture, dtype: torch.dtype) -> Part:
     entry = placement.entry
     shape = entry.shape(arch)
     if entry.padded:
@@ -248,9 +246,7 @@ def _part(
     return Part(key=placement.key, shape=stored, row=placement.index, dtype=dtype, load=load)
 
 
-def _load(
-    folder: HfFolder, placement: Placement, arch: Architecture, dtype: torch.dtype
-) -> Tensor:
+def _load(folder: HfFolder, placement: Placement, arch: Architecture, dtype: torch.dtype) -> Tensor:
     entry = placement.entry
     tensors = [folder.read(name).to(dtype) for name in placement.hf_names(folder.target)]
     weight = entry.merge(tensors, arch)
