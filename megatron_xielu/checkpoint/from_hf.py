@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from megatron_xielu.checkpoint.mapping import (
 from megatron_xielu.checkpoint.store import Store
 from megatron_xielu.checkpoint.torch_dist_writer import Part, write_checkpoint
 from megatron_xielu.errors import UserError
-from megatron_xielu.folders import new_folder
-from megatron_xielu.recipes import Recipe, check, padded_vocab_size, to_yaml
+from megatron_xielu.folders import leftovers, new_folder
+from megatron_xielu.recipes import Recipe, padded_vocab_size, to_yaml
+from megatron_xielu.recipes import check as check_recipe
 from megatron_xielu.recipes.schema import Model, Optimizer, Schedule, Training
 
 _RECIPE = "recipe.yaml"
@@ -59,7 +61,11 @@ class HfImport:
 
 
 def convert_from_hf(
-    hf_dir: Path, out_dir: Path, *, progress: Callable[[str], None] = print
+    hf_dir: Path,
+    out_dir: Path,
+    *,
+    check: bool = False,
+    progress: Callable[[str], None] = print,
 ) -> HfImport:
     """Writes the model of a Hugging Face folder as a run folder that `pretrain` begins from.
 
@@ -70,11 +76,16 @@ def convert_from_hf(
         hf_dir: of ArceeForCausalLM, ApertusForCausalLM, LlamaForCausalLM or Qwen3ForCausalLM, with
             safetensors files.
         out_dir: must not exist; it appears when everything is in it.
+        check: compare what was written with the folder before it gets its name; needs
+            transformers.
 
     Raises:
         UserError: the folder is damaged, contradicts itself or holds what Megatron cannot compute,
             or `out_dir` exists or cannot be written.
+        VerifyError: what was written is not the folder's model; nothing is left of it.
     """
+    from tqdm import tqdm
+
     hf_dir, out_dir = Path(hf_dir), Path(out_dir).resolve()
     if out_dir.exists():
         raise UserError(f"{out_dir} exists. Choose a new folder, or move that one away.")
@@ -84,24 +95,32 @@ def convert_from_hf(
     _check_tensors(folder, placements, arch)
     _check_tokenizer(hf_dir, arch)
     recipe = _recipe(arch, out_dir.name)
-    check(recipe, 1)
+    check_recipe(recipe, 1)
     dtypes = _stored_dtypes(folder, placements)
     parts = [_part(folder, placement, arch, dtypes[placement.key]) for placement in placements]
     num_bytes = sum(part.num_bytes for part in parts)
     _check_room(out_dir, num_bytes)
     progress(f"{hf_dir}: {folder.target.class_name}, {num_bytes / 1e9:.3g} GB")
-    begin = time.perf_counter()
+    for path in leftovers(out_dir):
+        progress(f"note: {path} is from an interrupted run; delete it unless one is still at work")
     with _new_run(out_dir) as run_dir:
         store = Store(run_dir / _CHECKPOINTS, recipe=to_yaml(recipe))
-        files = write_checkpoint(store.begin(0), parts, _common_state(arch))
+        # a bar on terminals only
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            files = write_checkpoint(
+                store.begin(0), parts, _common_state(arch), progress=bar.update
+            )
         files |= store.describe(0, [_RECIPE])
         store.publish(0, files, _about(hf_dir))
         (run_dir / _RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
-    seconds = time.perf_counter() - begin
-    num_parameters = sum(_numel(placement, arch) for placement in placements)
+        if check:
+            from megatron_xielu.checkpoint.verify import verify
+
+            progress(str(verify(hf_dir, run_dir)))
+    num_parameters = sum(prod(placement.entry.shape(arch)) for placement in placements)
     progress(
-        f"wrote {out_dir}: {num_parameters:,} parameters, {num_bytes / 1e9 / seconds:.2g} GB/s; "
-        f"its {_RECIPE} has the model, and a training to be replaced by yours"
+        f"wrote {out_dir}: {num_parameters:,} parameters. Its {_RECIPE} describes the model; the "
+        f"training in it is a placeholder for yours"
     )
     return HfImport(out_dir, recipe, num_parameters, num_bytes)
 
@@ -257,10 +276,6 @@ def _load(folder: HfFolder, placement: Placement, arch: Architecture, dtype: tor
     # Jensen's inequality); rows of zeros have no such bound
     mean = weight.mean(dim=0, keepdim=True, dtype=torch.float32)
     return torch.cat([weight, mean.to(dtype).expand(missing, -1)])
-
-
-def _numel(placement: Placement, arch: Architecture) -> int:
-    return torch.empty(placement.entry.shape(arch), device="meta").numel()
 
 
 def _common_state(arch: Architecture) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _LLAMA3 = {
     "high_freq_factor": HIGH_FREQ_FACTOR,
     "original_max_position_embeddings": ORIGINAL_MAX_POSITION_EMBEDDINGS,
 }
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "initializer_range": 0.02,
@@ -58,7 +58,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _THETA = 1e4
 _APERTUS_THETA = 12e6
-_APERTUS_SCALING = {"rope_type": "llama3", "factor": 8.0, **_LLAMA3}
+_APERTUS_SCALING: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, **_LLAMA3}
 
 
 def read_architecture(content: Mapping[str, Any], target: Target, path: Path) -> Architecture:
