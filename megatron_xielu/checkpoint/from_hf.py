@@ -139,7 +139,7 @@ def _placements(arch: Architecture) -> Iterator[Placement]:
 
 def _check_tensors(folder: HfFolder, placements: list[Placement], arch: Architecture) -> None:
     """Raises UserError unless the folder holds exactly the tensors of its config.json."""
-    needed: dict[str, tuple[int, ...]] = {}
+    needed: dict[str, tuple[int, ...]] = dict.fromkeys(_constants(arch), ())
     for placement in placements:
         needed |= hf_shapes(placement, arch, folder.target)
     if missing := sorted(needed.keys() - folder.specs.keys()):
@@ -154,7 +154,15 @@ def _check_tensors(folder: HfFolder, placements: list[Placement], arch: Architec
                 f"{folder.path}: {name} has shape {folder.specs[name].shape}, its config.json "
                 f"means {shape}. Get the config.json of these tensors."
             )
-    unknown = folder.specs.keys() - needed.keys() - set(_checked_constants(folder, arch))
+    for name, value in _constants(arch).items():
+        found = float(folder.read(name))
+        # transformers builds them in bf16 and may save that number as fp32
+        if found not in {float(torch.tensor(value, dtype=dtype)) for dtype in _DTYPES}:
+            raise UserError(
+                f"{folder.path}: {name} is {found}, only {value} is trained on and computed alike "
+                f"by all programs."
+            )
+    unknown = folder.specs.keys() - needed.keys()
     if arch.tie_embeddings and LM_HEAD in unknown:
         unknown -= {LM_HEAD}
         _check_tied(folder)
@@ -167,23 +175,15 @@ def _check_tensors(folder: HfFolder, placements: list[Placement], arch: Architec
         )
 
 
-def _checked_constants(folder: HfFolder, arch: Architecture) -> Iterator[str]:
-    """Names of xIELU's constants in the folder; raises UserError where one has another value."""
+def _constants(arch: Architecture) -> dict[str, float]:
+    """What transformers keeps in every layer of xIELU, and leaves uninitialized where it lacks."""
     if arch.activation != "xielu":
-        return
-    for layer in range(arch.num_layers):
-        for pattern, value in XIELU_CONSTANTS.items():
-            name = pattern.format(i=layer)
-            if name not in folder.specs:
-                continue
-            yield name
-            found = float(folder.read(name))
-            # transformers builds them in bf16 and may save that as fp32
-            if found not in {float(torch.tensor(value, dtype=dtype)) for dtype in _DTYPES}:
-                raise UserError(
-                    f"{folder.path}: {name} is {found}; programs compute with {value} whatever "
-                    f"the file says, so nobody knows what this model is."
-                )
+        return {}
+    return {
+        pattern.format(i=layer): value
+        for layer in range(arch.num_layers)
+        for pattern, value in XIELU_CONSTANTS.items()
+    }
 
 
 def _check_tied(folder: HfFolder) -> None:
