@@ -108,7 +108,11 @@ def convert_from_hf(
         # a bar on terminals only
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
             files = write_checkpoint(
-                store.begin(0), parts, _common_state(arch), progress=bar.update
+                store.begin(0),
+                parts,
+                _common_state(arch),
+                _extra_states(arch),
+                progress=bar.update,
             )
         files |= store.describe(0, [_RECIPE])
         store.publish(0, files, _about(hf_dir))
@@ -285,6 +289,17 @@ def _common_state(arch: Architecture) -> dict[str, Any]:
         "iteration": 0,
         # how a model of the same kind names and cuts what it loads
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
+
+
+def _extra_states(arch: Architecture) -> dict[str, Any]:
+    """What Megatron's own linear layers save beside their weights, and stock Megatron demands."""
+    linears = [f"self_attention.linear_{name}" for name in ("qkv", "proj")]
+    linears += [f"mlp.linear_{name}" for name in ("fc1", "fc2")]
+    return {
+        f"decoder.layers.{linear}._extra_state/shard_{layer}_{arch.num_layers}": None
+        for linear in linears
+        for layer in range(arch.num_layers)
     }
 
 
