@@ -37,7 +37,7 @@ from megatron_xielu.unpickle import INDEX
 
 _CONFIG = "metadata.json"
 _FILE_BYTES = 4 * 10**9
-"""A file ends after the part that reaches this."""
+"""About the size of a data file, so that several can be read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
