@@ -189,9 +189,7 @@ def test_a_tokenizer_of_another_vocabulary(
     content["model"] |= {"vocab": smaller, "merges": []}
     shutil.copytree(tokenizer, tmp_path / "smaller")
     (tmp_path / "smaller" / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match=r"has 250 ids and .* 384 rows, 128 of which at most"
-    ):
+    with pytest.raises(UserError, match=r"has 250 ids and .* 384 rows, 128 of which at most"):
         convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "smaller")
     assert not (tmp_path / "out").exists()
 

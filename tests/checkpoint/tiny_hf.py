@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_xielu.checkpoint.hf_model import quiet_transformers
+
 DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -58,9 +60,10 @@ def write_hf(folder: Path, name: str, **changed: Any) -> Path:
     dtype = options.pop("dtype", torch.float32)
     # transformers writes into the dictionary it is given
     options["rope_parameters"] = dict(options["rope_parameters"])
-    config = classes[name.partition("-")[0]](**options)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with quiet_transformers():
+        config = classes[name.partition("-")[0]](**options)
+        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     for key, parameter in model.named_parameters():
         mean, std = (1.0, 0.1) if "norm" in key else (0.0, 0.08)
         torch.nn.init.normal_(parameter, mean, std)
@@ -70,5 +73,6 @@ def write_hf(folder: Path, name: str, **changed: Any) -> Path:
             layer.mlp.act_fn.to(dtype)
             layer.mlp.act_fn.alpha_p.data.fill_(0.2034 + 0.7123 * index)
             layer.mlp.act_fn.alpha_n.data.fill_(-1.0502 + 0.5321 * index)
-    model.save_pretrained(folder, max_shard_size="100KB")
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size="100KB")
     return folder
