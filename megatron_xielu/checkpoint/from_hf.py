@@ -91,7 +91,7 @@ def convert_from_hf(
         raise UserError(f"{out_dir} exists. Choose a new folder, or move that one away.")
     folder = HfFolder(hf_dir)
     arch = read_architecture(folder.config, folder.target, hf_dir / "config.json")
-    placements = list(_placements(arch))
+    placements = list(weights_of(arch))
     _check_tensors(folder, placements, arch)
     _check_tokenizer(hf_dir, arch)
     recipe = _recipe(arch, out_dir.name)
@@ -129,7 +129,7 @@ def convert_from_hf(
     return HfImport(out_dir, recipe, num_parameters, num_bytes)
 
 
-def _placements(arch: Architecture) -> Iterator[Placement]:
+def weights_of(arch: Architecture) -> Iterator[Placement]:
     """Every weight under the stacked key that GPTModel stores, in the order of the layers."""
     entries = sorted(table(arch), key=lambda entry: "{i}" in entry.megatron[0])
     for entry in entries:

@@ -1,0 +1,78 @@
+"""from-hf at the size of real models: memory and speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_streaming import EIGHT_B, MAIN
+
+from megatron_xielu.checkpoint.from_hf import weights_of
+from megatron_xielu.checkpoint.mapping import XIELU_CONSTANTS, hf_shapes
+from megatron_xielu.checkpoint.targets import TARGETS, SpecialTokens, hf_config
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+
+
+def write_sparse(folder: Path) -> int:
+    """A folder of Apertus 8B whose weights are a hole, which reads as zeros; returns its bytes."""
+    folder.mkdir()
+    target = TARGETS["apertus"]
+    config = hf_config(target, EIGHT_B, SpecialTokens(131072), torch.bfloat16)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for placement in weights_of(EIGHT_B):
+        for name, shape in hf_shapes(placement, EIGHT_B, target).items():
+            begin, end = end, end + 2 * prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "weights.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    constants = {
+        name.format(i=layer): torch.tensor(value)
+        for layer in range(EIGHT_B.num_layers)
+        for name, value in XIELU_CONSTANTS.items()
+    }
+    save_file(constants, folder / "constants.safetensors")
+    return end
+
+
+@pytest.mark.slow
+def test_8b_in_the_memory_of_two_tensors(tmp_path: Path) -> None:
+    hf, out = tmp_path / "hf", tmp_path / "out"
+    num_bytes = write_sparse(hf)
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "convert", "from-hf", str(hf), str(out), "--no-verify"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = time.monotonic() - begin
+    peak = int(done.stdout.splitlines()[-1]) * 1024
+    reader = TorchDistReader(out / "checkpoints/release")
+    reader.check_files()
+    assert reader.shape("decoder.layers.mlp.linear_fc1.weight") == (32, 21504, 4096)
+    shutil.rmtree(out)
+    begin = time.monotonic()
+    subprocess.run(["cp", "--sparse=never", "-r", str(hf), str(out)], check=True)
+    subprocess.run(["sync", "-f", str(out)], check=True)
+    copying = time.monotonic() - begin
+    shutil.rmtree(out)
+    largest = 131072 * 4096 * 2
+    print(
+        f"{num_bytes / 1e9:.1f} GB in {seconds:.0f} s, {num_bytes / seconds / 1e9:.2f} GB/s; cp of "
+        f"the same bytes in {copying:.0f} s, {num_bytes / copying / 1e9:.2f} GB/s; peak memory "
+        f"{peak / 1e6:.0f} MB, the largest tensor has {largest / 1e6:.0f} MB"
+    )
+    assert peak <= 2 * largest + 300e6
