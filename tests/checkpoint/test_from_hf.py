@@ -22,11 +22,12 @@ from torch import Tensor
 from megatron_xielu import cli
 from megatron_xielu.checkpoint import inventory
 from megatron_xielu.checkpoint.architecture import Architecture
-from megatron_xielu.checkpoint.from_hf import convert_from_hf, megatron_arguments
+from megatron_xielu.checkpoint.from_hf import convert_from_hf
 from megatron_xielu.checkpoint.hf_config import read_architecture
 from megatron_xielu.checkpoint.hf_model import HfFolder, load_exact
 from megatron_xielu.checkpoint.mapping import locate, read_weight
 from megatron_xielu.checkpoint.reference import megatron_logits
+from megatron_xielu.checkpoint.release import megatron_arguments
 from megatron_xielu.checkpoint.run import architecture_of, open_run
 from megatron_xielu.checkpoint.store import open_store
 from megatron_xielu.checkpoint.to_hf import convert_to_hf
