@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_xielu.checkpoint.from_hf import convert_from_hf
 from megatron_xielu.checkpoint.store import Store
 from megatron_xielu.checkpoint.to_hf import convert_to_hf
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from tests.conftest import SMALL
 from tests.ranks import environment
 
+DOCUMENT = Path(__file__).parents[2] / "docs/convert-from-hf.md"
 ALPHA = "decoder.layers.mlp.activation_func.alpha_p"
 TRAINING = [
     word for word in SMALL if word.startswith(("training", "schedule", "logging", "checkpoint"))
 ]
 
 
-def pretrain(recipe: object, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "megatron_xielu", "pretrain", "--recipe", str(recipe)]
+def commands() -> list[list[str]]:
+    """Those of the document: convert, pretrain."""
+    (block,) = re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    return [line.split()[1:] for line in block.strip().splitlines()]
+
+
+def run(words: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*program, "--run-dir", str(run_dir), *words],
+        [sys.executable, "-m", "megatron_xielu", *words],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=cwd,
     )
+
+
+def pretrain(recipe: object, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(["pretrain", "--recipe", str(recipe), "--run-dir", str(run_dir), *words])
 
 
 def metrics(run_dir: Path, kind: str) -> dict[int, dict[str, Any]]:
@@ -51,12 +63,17 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(trained: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model after a detour; not to be changed."""
     root = tmp_path_factory.mktemp("converted")
-    convert_to_hf(trained, root / "hf", progress=lambda line: None)
-    convert_from_hf(root / "hf", root / "run", progress=lambda line: None)
-    return root / "run"
+    convert_to_hf(trained, root / "models/books", progress=lambda line: None)
+    (root / "data").mkdir()
+    (root / "data/books").symlink_to(data_dir)
+    convert, _ = commands()
+    done = run(convert, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "tensors are equal bit for bit" in done.stdout
+    return root / "runs/more"
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -84,9 +101,18 @@ def test_the_first_loss_is_the_trained_models(
         alphas[0], TorchDistReader(Store(trained / "checkpoints").path(5)).read(ALPHA)
     )
     assert not torch.equal(*alphas)
-    again = pretrain(folder / "recipe.yaml", folder)
-    assert again.returncode == 0, again.stderr
-    assert sorted(metrics(folder, "train")) == [1, 2, 3, 4, 5]
+
+
+def test_the_document_s_second_command_trains_and_goes_on(converted: Path, tmp_path: Path) -> None:
+    shutil.copytree(converted.parents[1], tmp_path / "here", symlinks=True)
+    _, train = commands()
+    for _ in range(2):
+        done = run(train, cwd=tmp_path / "here")
+        assert done.returncode == 0, done.stderr
+    # the second start finds the run at its end
+    steps = metrics(tmp_path / "here/runs/more", "train")
+    assert list(steps) == [10, 20]
+    assert steps[10]["loss"] > steps[20]["loss"]
 
 
 def test_another_model_or_damage_is_refused(
