@@ -123,6 +123,21 @@ def _convert_to_hf(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert_from_hf(args: argparse.Namespace) -> int:
+    from megatron_xielu.checkpoint.from_hf import convert_from_hf
+    from megatron_xielu.checkpoint.verify import VerifyError
+
+    if not args.no_verify:
+        # what is missing should be said before the work, not after it
+        import transformers  # noqa: F401
+    try:
+        convert_from_hf(args.hf_dir, args.out, check=not args.no_verify)
+    except VerifyError as error:
+        print(f"verification failed, nothing was written: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _checkpoint_ls(args: argparse.Namespace) -> None:
     from megatron_xielu.checkpoint.inventory import table
     from megatron_xielu.checkpoint.store import open_store
@@ -325,6 +340,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_arg(command)
     command.set_defaults(run=_convert_to_hf)
+
+    command = formats.add_parser("from-hf", help="a Hugging Face folder to a run to train on")
+    command.add_argument("hf_dir", type=Path, help="with safetensors files")
+    command.add_argument("out", type=Path, help="the run folder to write")
+    command.add_argument(
+        "--no-verify", action="store_true", help="do not compare the result with the folder"
+    )
+    command.set_defaults(run=_convert_from_hf)
 
     checkpoint = commands.add_parser("checkpoint", help="the saved steps of a run")
     actions = checkpoint.add_subparsers(required=True, metavar="ACTION")

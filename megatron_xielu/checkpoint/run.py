@@ -24,8 +24,9 @@ class RunCheckpoint:
 
     run_dir: Path
     path: Path
-    """The iter_ folder."""
+    """The iter_ folder, or `release` for weights alone."""
     iteration: int
+    """0 for weights alone."""
     recipe: Recipe | None
     """None for a checkpoint of plain Megatron, beside which no recipe.yaml lies."""
     tokenizer: Path | None
@@ -35,13 +36,13 @@ class RunCheckpoint:
 def open_run(path: Path) -> RunCheckpoint:
     """Finds the step, recipe and tokenizer behind a run, checkpoints or iter_ folder.
 
-    An iter_ folder means that step, the others mean the latest one.
+    An iter_ folder (or `release`) means that step, the others mean the latest one.
 
     Raises:
         UserError: nothing is saved there yet.
     """
     path = Path(path).absolute()
-    step = path if re.fullmatch(r"iter_\d+", path.name) else _latest_step(path)
+    step = path if re.fullmatch(r"iter_\d+|release", path.name) else _latest_step(path)
     if not step.is_dir():
         raise UserError(f"{step} does not exist{_saved_steps(step.parent)}.")
     run_dir = _run_dir(step)
@@ -49,7 +50,7 @@ def open_run(path: Path) -> RunCheckpoint:
     return RunCheckpoint(
         run_dir=run_dir or step.parent,
         path=step,
-        iteration=int(step.name.removeprefix("iter_")),
+        iteration=0 if step.name == "release" else int(step.name.removeprefix("iter_")),
         recipe=recipe,
         tokenizer=_tokenizer(recipe),
     )
@@ -91,7 +92,9 @@ def architecture_of(
                 f"model."
             )
         check_arguments(reader, run.recipe)
-        size = vocab_size or run.recipe.model.vocab_size
+        # weights from elsewhere keep their vocabulary beside the recipe's rows
+        own = arguments_of(reader).get("vocab_size")
+        size = vocab_size or own or run.recipe.model.vocab_size
         if size is None:
             raise UserError(
                 f"The vocabulary's size is unknown: {run.run_dir / _RECIPE} leaves "

@@ -4,6 +4,9 @@ A save is written to `.saving/iter_0000020`, gets its manifest, and moves to `it
 rename. Then Megatron's `latest_checkpointed_iteration.txt` is replaced, which makes it the step
 that training goes on from, and the empty `.saving` is removed. Whatever was cut off between two of
 these is finished or removed by `recover`, so a kill at any moment leaves the newest whole step.
+
+Step 0 is `release`, as Megatron calls weights alone: training begins from them, with a fresh
+optimizer. A conversion writes it, a run never does.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from megatron_xielu.unpickle import INDEX
 
 LATEST = "latest_checkpointed_iteration.txt"
 _NEW_LATEST = f".{LATEST}.new"
+_WEIGHTS = "release"
 _RECIPE = "recipe.yaml"
 _SAVING = ".saving"
 _REMOVING = ".removing-"
@@ -48,15 +52,16 @@ class Store:
 
     def path(self, step: int) -> Path:
         """The folder of a step."""
-        return self.folder / f"iter_{step:07d}"
+        return self.folder / (f"iter_{step:07d}" if step else _WEIGHTS)
 
     def steps(self) -> list[int]:
         """Steps that have a folder, whole or not, in ascending order."""
         names = (path.name for path in self.folder.glob("iter_*"))
-        return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name))
+        steps = (int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name))
+        return [0] * self.path(0).is_dir() + sorted(step for step in steps if step)
 
     def latest(self) -> int:
-        """The step that training goes on from, 0 if there is none.
+        """The step that training goes on from; 0 if it begins, from weights alone or from none.
 
         Raises:
             UserError: the file that names it holds no number.
@@ -65,6 +70,8 @@ class Store:
         if not path.is_file():
             return 0
         text = path.read_text().strip()
+        if text == _WEIGHTS and self.path(0).is_dir():
+            return 0
         if not text.isdigit():
             whole = max((step for step in self.steps() if not self.problems(step)), default=0)
             raise UserError(
@@ -135,7 +142,8 @@ class Store:
         if self.keep_last is None:
             return
         # steps beyond the newest are of a future that was given up; they are the user's to remove
-        past = [step for step in self.steps() if step <= newest]
+        # and the weights that training began from
+        past = [step for step in self.steps() if 0 < step <= newest]
         for step in past[: -self.keep_last]:
             if not self.keep_every or step % self.keep_every:
                 self._remove(step)
@@ -221,7 +229,7 @@ class Store:
     def _prepare_latest(self, step: int) -> Path:
         partial = self.folder / _NEW_LATEST
         with partial.open("w") as file:
-            file.write(str(step))
+            file.write(str(step) if step else _WEIGHTS)
             file.flush()
             os.fsync(file.fileno())
         return partial

@@ -5,6 +5,7 @@ from megatron_xielu.recipes.derived import (
     fp8_format,
     head_dim,
     num_query_groups,
+    padded_vocab_size,
 )
 from megatron_xielu.recipes.loader import diff, load_recipe, preset_names, recipe_keys, to_yaml
 from megatron_xielu.recipes.megatron_args import megatron_args
@@ -22,6 +23,7 @@ __all__ = [
     "load_recipe",
     "megatron_args",
     "num_query_groups",
+    "padded_vocab_size",
     "preset_names",
     "recipe_keys",
     "to_yaml",

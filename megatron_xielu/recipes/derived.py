@@ -6,6 +6,8 @@ from typing import Literal
 
 from megatron_xielu.recipes.schema import FP8, Model, Recipe
 
+_VOCAB_MULTIPLE = 128
+
 
 def head_dim(model: Model) -> int:
     """Channels of one attention head."""
@@ -17,6 +19,11 @@ def head_dim(model: Model) -> int:
 def num_query_groups(model: Model) -> int:
     """Key/value heads."""
     return model.num_query_groups or model.num_attention_heads
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding for a vocabulary, the same whatever the tensor-parallel size is."""
+    return -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
 
 def data_parallel_size(recipe: Recipe, world_size: int) -> int:

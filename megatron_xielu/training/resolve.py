@@ -11,10 +11,9 @@ import torch
 
 from megatron_xielu.data.manifest import DatasetInfo
 from megatron_xielu.errors import UserError
-from megatron_xielu.recipes import Recipe
+from megatron_xielu.recipes import Recipe, padded_vocab_size
 from megatron_xielu.training.transformer_engine import install_command
 
-_VOCAB_MULTIPLE = 128
 # Apex's extension; upstream refuses to build the output layer without it
 _GRADIENT_FUSION = "fused_weight_gradient_mlp_cuda"
 
@@ -68,7 +67,7 @@ def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recip
     model = recipe.model
     vocab_size = model.vocab_size
     if vocab_size is None and data is not None:
-        vocab_size = -(-data.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+        vocab_size = padded_vocab_size(data.vocab_size)
     precision = recipe.training.precision
     if precision == "auto":
         precision = "bf16" if machine.device == "cuda" else "fp32"

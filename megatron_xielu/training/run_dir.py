@@ -29,7 +29,7 @@ def store(run_dir: Path, recipe: Recipe) -> Store:
 
 
 def latest_step(run_dir: Path) -> int:
-    """The step that training goes on from, 0 if there is none."""
+    """The step that training goes on from, 0 if it begins."""
     return Store(run_dir / CHECKPOINTS).latest()
 
 
@@ -58,7 +58,8 @@ def claim(
         UserError: the folder cannot be written, is in use, or holds a run of another recipe or
             model.
     """
-    has_saved = bool(Store(run_dir / CHECKPOINTS).steps())
+    # weights alone, step 0, are of no run: it may be any that holds them
+    has_saved = any(Store(run_dir / CHECKPOINTS).steps())
     if (run_dir / RECIPE).is_file():
         _check_same_run(run_dir, recipe, data, allowed if has_saved else None, progress)
     elif has_saved:
@@ -69,8 +70,9 @@ def claim(
     lock = _lock(run_dir)
     checkpoints = store(run_dir, recipe)
     checkpoints.recover(progress)
-    if step := _whole_step(checkpoints, recipe, progress):
-        reader = TorchDistReader(checkpoints.path(step))
+    loaded = checkpoints.path(_whole_step(checkpoints, recipe, progress))
+    if loaded.is_dir():
+        reader = TorchDistReader(loaded)
         overridden = _names(megatron_flags) | changes.megatron_names(allowed)
         check_arguments(reader, recipe, overridden=overridden)
     _write(run_dir, recipe, megatron_flags, data, progress)
@@ -78,9 +80,10 @@ def claim(
 
 
 def _whole_step(checkpoints: Store, recipe: Recipe, progress: Callable[[str], None]) -> int:
-    """The step to go on from, every byte of it checked; 0 to start anew."""
+    """The step to go on from, every byte of it checked; 0 to begin."""
     step = checkpoints.latest()
-    damage = checkpoints.problems(step, checksums=True) if step else []
+    saved = step or checkpoints.path(0).is_dir()
+    damage = checkpoints.problems(step, checksums=True) if saved else []
     if not damage:
         return step
     found = "\n".join(f"  {problem}" for problem in damage)

@@ -223,6 +223,22 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert kept["every"] == [6, 12, 14]
 
 
+def test_weights_alone_are_step_0(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep_last=1)
+    save(store, 0)
+    assert store.path(0).name == (tmp_path / LATEST).read_text() == "release"
+    assert (store.latest(), store.steps()) == (0, [0])
+    assert store.problems(0, checksums=True) == []
+    store.recover(print)
+    for step in (2, 4):
+        save(store, step)
+    # whence training began is not one of the newest steps, nor is it in their way
+    assert (store.latest(), store.steps()) == (4, [0, 4])
+    store.set_latest(0)
+    assert (tmp_path / LATEST).read_text() == "release"
+    assert store.latest() == 0
+
+
 def test_going_back_to_an_older_step(store: Store) -> None:
     for step in (2, 4, 6):
         save(store, step)

@@ -1,0 +1,132 @@
+"""Training begins from a Hugging Face folder where the model that it came from stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_xielu.checkpoint.store import Store
+from megatron_xielu.checkpoint.to_hf import convert_to_hf
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+from tests.conftest import SMALL
+from tests.ranks import environment
+
+DOCUMENT = Path(__file__).parents[2] / "docs/convert-from-hf.md"
+ALPHA = "decoder.layers.mlp.activation_func.alpha_p"
+TRAINING = [
+    word for word in SMALL if word.startswith(("training", "schedule", "logging", "checkpoint"))
+]
+
+
+def commands() -> list[list[str]]:
+    """Those of the document: convert, pretrain."""
+    (block,) = re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    return [line.split()[1:] for line in block.strip().splitlines()]
+
+
+def run(words: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_xielu", *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+    )
+
+
+def pretrain(recipe: object, run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(["pretrain", "--recipe", str(recipe), "--run-dir", str(run_dir), *words])
+
+
+def metrics(run_dir: Path, kind: str) -> dict[int, dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r for r in map(json.loads, lines) if r["type"] == kind}
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose alphas have left their initial values."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = pretrain("tiny", folder, *SMALL, f"data.path={data_dir}", "xielu.lr_mult=10")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(trained: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model after a detour; not to be changed."""
+    root = tmp_path_factory.mktemp("converted")
+    convert_to_hf(trained, root / "models/books", progress=lambda line: None)
+    (root / "data").mkdir()
+    (root / "data/books").symlink_to(data_dir)
+    convert, _ = commands()
+    done = run(convert, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "tensors are equal bit for bit" in done.stdout
+    return root / "runs/more"
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_first_loss_is_the_trained_models(
+    trained: Path, converted: Path, data_dir: Path, tmp_path: Path, tp: int
+) -> None:
+    folder = Path(shutil.copytree(converted, tmp_path / "run"))
+    parallel = f"parallel.tensor_model_parallel_size={tp}"
+    words = [*TRAINING, f"data.path={data_dir}", parallel, "checkpoint.save_interval=2"]
+    done = pretrain(folder / "recipe.yaml", folder, *words, "optimizer.lr=1e-3")
+    assert done.returncode == 0, done.stderr
+    before = metrics(trained, "valid")
+    after = metrics(folder, "valid")
+    print(f"TP={tp}: {before[0]['loss']} -> {before[5]['loss']}, converted {after[0]['loss']}")
+    assert before[5]["loss"] < before[0]["loss"] - 0.1
+    # fp32 sums of two halves are of other order
+    assert after[0]["loss"] == pytest.approx(before[5]["loss"], rel=0 if tp == 1 else 1e-6)
+
+    # a run like any other from here on: its own schedule, optimizer and steps
+    assert sorted(metrics(folder, "train")) == [1, 2, 3, 4, 5]
+    store = Store(folder / "checkpoints")
+    assert (store.steps(), store.latest()) == ([0, 2, 4, 5], 5)
+    alphas = [TorchDistReader(store.path(step)).read(ALPHA) for step in (0, 5)]
+    assert torch.equal(
+        alphas[0], TorchDistReader(Store(trained / "checkpoints").path(5)).read(ALPHA)
+    )
+    assert not torch.equal(*alphas)
+
+
+def test_the_document_s_second_command_trains_and_goes_on(converted: Path, tmp_path: Path) -> None:
+    shutil.copytree(converted.parents[1], tmp_path / "here", symlinks=True)
+    _, train = commands()
+    for _ in range(2):
+        done = run(train, cwd=tmp_path / "here")
+        assert done.returncode == 0, done.stderr
+    # the second start finds the run at its end
+    steps = metrics(tmp_path / "here/runs/more", "train")
+    assert list(steps) == [10, 20]
+    assert steps[10]["loss"] > steps[20]["loss"]
+
+
+def test_another_model_or_damage_is_refused(
+    converted: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(converted, tmp_path / "run"))
+    words = [*TRAINING, f"data.path={data_dir}"]
+    done = pretrain(folder / "recipe.yaml", folder, *words, "model.rope_theta=20000")
+    assert done.returncode == 2
+    assert "rotary_base: 10000 in the checkpoint, 20000.0 by the recipe" in done.stderr
+    shard = folder / "checkpoints/release/__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[-1000] ^= 1
+    shard.write_bytes(content)
+    done = pretrain(folder / "recipe.yaml", folder, *words)
+    assert done.returncode == 2
+    assert "__0_0.distcp has other content than was saved" in done.stderr
