@@ -53,7 +53,7 @@ def _refuse(message: str) -> int:
 
 def _extra(error: ModuleNotFoundError) -> str:
     extras = {"yaml": "recipes", "transformers": "hf", "tokenizers": "hf", "safetensors": "hf"}
-    extras["matplotlib"] = "plot"
+    extras |= {"matplotlib": "plot", "gguf": "gguf", "sentencepiece": "gguf", "google": "gguf"}
     return f"'megatron-xielu[{extras.get((error.name or '').partition('.')[0], 'megatron')}]'"
 
 
@@ -100,6 +100,12 @@ def _convert_to_hf(args: argparse.Namespace) -> None:
     from megatron_xielu.checkpoint.to_hf import convert_to_hf
 
     convert_to_hf(args.source, args.out, dtype=args.dtype, tokenizer=args.tokenizer)
+
+
+def _convert_to_gguf(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoint.to_gguf import convert_to_gguf
+
+    convert_to_gguf(args.hf_dir, args.out, dtype=args.dtype, tokenizer=not args.no_tokenizer)
 
 
 def _checkpoint_ls(args: argparse.Namespace) -> None:
@@ -285,6 +291,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     command.add_argument("--tokenizer", type=Path, help="if the run's data is not here")
     command.set_defaults(run=_convert_to_hf)
+    command = formats.add_parser("to-gguf", help="of an Apertus folder, for llama.cpp")
+    command.add_argument("hf_dir", type=Path, help="a Hugging Face folder, such as to-hf writes")
+    command.add_argument("out", type=Path, help="the .gguf file to write")
+    command.add_argument(
+        "--dtype", choices=("f32", "bf16", "q8_0"), help="of the matrices (default: the folder's)"
+    )
+    command.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
+    command.set_defaults(run=_convert_to_gguf)
 
     checkpoint = commands.add_parser("checkpoint", help="the saved steps of a run")
     actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
