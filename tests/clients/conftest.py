@@ -1,0 +1,147 @@
+"""Small exports with trained alphas, what Megatron computes of them, and what the clients said."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_xielu.checkpoint.hf_model import load_exact
+from megatron_xielu.checkpoint.to_hf import convert_to_hf
+from megatron_xielu.recipes import to_yaml
+from tests.clients.record import Record
+from tests.ranks import run_ranks
+
+WRITE_CHECKPOINT = Path(__file__).parents[1] / "checkpoint"
+# these tests read what the checkpoint tests write
+sys.path.append(str(WRITE_CHECKPOINT))
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Export:
+    """A Hugging Face folder of a model of 4 layers, whose alphas differ from layer to layer."""
+
+    model: str
+    folder: Path
+    prompts: list[list[int]]
+    logits: list[Tensor]
+    """Megatron's own, in fp32, of every position of the prompts: (tokens, vocabulary)."""
+    greedy: list[list[int]]
+    """The most probable NEW_TOKENS tokens after each prompt, with the alphas exact."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits[0].shape[-1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """These models are so small that more threads only wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SentencePiece BPE of 384 ids without bytes, so that every token is text of its own."""
+    return sentencepiece_folder(tmp_path_factory.mktemp("tokenizer"), byte_fallback=False)
+
+
+def sentencepiece_folder(folder: Path, **options: Any) -> Path:
+    """Trains 384 ids on English and writes tokenizer.model and tokenizer.json."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    model = io.BytesIO()
+    lines = (line for text in list(topics.values())[:30] for line in text.splitlines())
+    sentencepiece.SentencePieceTrainer.train(
+        **{
+            "sentence_iterator": lines,
+            "model_writer": model,
+            "vocab_size": 384,
+            "model_type": "bpe",
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "minloglevel": 2,
+        }
+        | options
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Export]:
+    """The exports by architecture, from checkpoints of true Megatron models; not to be changed."""
+    from checkpoint_layouts import recipe_of
+    from write_checkpoint import PROMPTS, Job
+
+    root = tmp_path_factory.mktemp("exports")
+    recipe = recipe_of("gqa")
+    recipe = replace(recipe, model=replace(recipe.model, seq_length=64))
+    recipes = {"arcee": recipe}
+    for name, each in recipes.items():
+        (root / name).mkdir()
+        (root / name / "recipe.yaml").write_text(to_yaml(each))
+    jobs = [asdict(Job(run_dir=str(root / name))) for name in recipes]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    run_ranks(WRITE_CHECKPOINT / "write_checkpoint.py", [str(root / "jobs.json")], 1)
+    found = {}
+    for name in recipes:
+        folder = root / f"{name}-hf"
+        convert_to_hf(root / name, folder, tokenizer=tokenizer, progress=lambda line: None)
+        logits = [each[:, :384] for each in torch.load(root / name / "logits.pt")]
+        found[name] = Export(name, folder, PROMPTS, logits, greedy(folder, PROMPTS))
+    return found
+
+
+def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    model, found = load_exact(folder), []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(NEW_TOKENS):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        found.append(ids[len(prompt) :])
+    return found
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Iterator[Any]:
+    """Copies an export, to damage it."""
+
+    def copy(export: Export) -> Path:
+        return Path(shutil.copytree(export.folder, tmp_path / "damaged"))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def record() -> Iterator[Record]:
+    """Collects what every test saw; written at the end, for tools/clients_table.py."""
+    found = Record()
+    yield found
+    found.save()
