@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 the user's input is wrong.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,10 +97,30 @@ def _prepare_data(args: argparse.Namespace) -> None:
     )
 
 
-def _convert_to_hf(args: argparse.Namespace) -> None:
+def _convert_to_hf(args: argparse.Namespace) -> int:
     from megatron_xielu.checkpoint.to_hf import convert_to_hf
+    from megatron_xielu.checkpoint.verify import VerifyError
 
-    convert_to_hf(args.source, args.out, dtype=args.dtype, tokenizer=args.tokenizer)
+    if not args.no_verify:
+        # what is missing should be said before the work, not after it
+        import transformers  # noqa: F401
+    try:
+        convert_to_hf(
+            args.source,
+            args.out,
+            arch=args.arch,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            max_shard_bytes=args.max_shard_size,
+            untie=args.untie,
+            drop_mtp=args.drop_mtp,
+            given=dict(args.arg),
+            check=not args.no_verify,
+        )
+    except VerifyError as error:
+        print(f"verification failed, nothing was written: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _convert_to_gguf(args: argparse.Namespace) -> None:
@@ -130,13 +151,10 @@ def _checkpoint_rm(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron_xielu.checkpoint.reference import megatron_logits
-    from megatron_xielu.checkpoint.run import open_run
-    from megatron_xielu.checkpoint.verify import VerifyError, verify_export
+    from megatron_xielu.checkpoint.verify import VerifyError, verify
 
-    reference = megatron_logits(open_run(args.source))
     try:
-        print(verify_export(args.hf_dir, args.source, reference_logits=reference))
+        print(verify(args.a, args.b, given=dict(args.arg)))
     except VerifyError as error:
         print(f"verification failed: {error}", file=sys.stderr)
         return 1
@@ -288,8 +306,30 @@ def _parser() -> argparse.ArgumentParser:
     command = formats.add_parser("to-hf", help="to a Hugging Face folder")
     command.add_argument("source", type=Path, help="a run folder or one of its checkpoints")
     command.add_argument("out", type=Path, help="the folder to write")
-    command.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    command.add_argument(
+        "--arch",
+        choices=("auto", "arcee", "apertus", "llama", "qwen3"),
+        default="auto",
+        help="the class of transformers (default: the one that fits)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of all but xIELU's alphas (default: the checkpoint's)",
+    )
     command.add_argument("--tokenizer", type=Path, help="if the run's data is not here")
+    command.add_argument(
+        "--max-shard-size", type=_size, default=_size("5GB"), metavar="5GB", help="of one file"
+    )
+    command.add_argument("--untie", action="store_true", help="write tied embeddings twice")
+    command.add_argument(
+        "--drop-mtp", action="store_true", help="leave out layers of multi-token prediction"
+    )
+    command.add_argument(
+        "--no-verify", action="store_true", help="do not compare the result with the checkpoint"
+    )
+    _add_arg(command)
     command.set_defaults(run=_convert_to_hf)
     command = formats.add_parser("to-gguf", help="of an Apertus folder, for llama.cpp")
     command.add_argument("hf_dir", type=Path, help="a Hugging Face folder, such as to-hf writes")
@@ -313,9 +353,14 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("steps", type=_positive, nargs=steps, metavar="STEP")
         command.set_defaults(run=action)
 
-    command = commands.add_parser("verify", help="compare an export with its checkpoint")
-    command.add_argument("hf_dir", type=Path)
-    command.add_argument("source", type=Path, help="a run folder or one of its checkpoints")
+    command = commands.add_parser(
+        "verify", help="compare two models, checkpoints or Hugging Face folders; 1: they differ"
+    )
+    for name in ("a", "b"):
+        command.add_argument(
+            name, type=Path, metavar=name.upper(), help="a run, its checkpoint or an export"
+        )
+    _add_arg(command)
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("generate", help="text from an export, with transformers")
@@ -391,6 +436,41 @@ def _add_doctor(commands: Any) -> None:
     # plants a known fault, for tests of the matrix itself
     command.add_argument("--fault", help=argparse.SUPPRESS)
     command.set_defaults(run=_doctor)
+
+
+def _add_arg(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--arg",
+        type=_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of Megatron's that a checkpoint without recipe.yaml lacks; may be given "
+        "again",
+    )
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE, as in rotary_base=500000")
+    try:
+        # a number or true, else a word
+        return name, json.loads(value.lower())
+    except ValueError:
+        return name, value
+
+
+def _size(text: str) -> int:
+    number = text.upper().removesuffix("B")
+    scale = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
+    try:
+        size = int(float(number.rstrip("KMG")) * scale)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
+    return size
 
 
 def _positive(text: str) -> int:

@@ -1,17 +1,23 @@
-"""Load an export with stock transformers, quietly, and with its alphas as they were trained."""
+"""A Hugging Face folder: its tensors, and stock transformers' own model of it, layer by layer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_xielu.checkpoint.safetensors_file import TensorSpec
+from megatron_xielu.checkpoint.targets import TARGETS
 from megatron_xielu.errors import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @contextmanager
@@ -31,27 +37,51 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_config(hf_dir: Path) -> dict[str, Any]:
-    """config.json; raises UserError if the folder has none."""
+    """config.json; raises UserError if the folder has none that can be read."""
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         raise UserError(f"{hf_dir} is not a Hugging Face model folder: it has no config.json.")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}). Get the folder again.") from error
     return config
 
 
 def tensor_files(hf_dir: Path) -> dict[str, Path]:
-    """The file of every tensor that the folder's safetensors files hold."""
+    """The file of every tensor that the folder's safetensors files hold.
+
+    Raises:
+        UserError: there are none, one is damaged, or one that the index names is missing.
+    """
     from safetensors import SafetensorError, safe_open
 
+    hf_dir = Path(hf_dir)
     files: dict[str, Path] = {}
-    for path in sorted(Path(hf_dir).glob("*.safetensors")):
+    for path in sorted(hf_dir.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}. Convert again.") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is damaged: {error}. Convert again, or get the file again."
+            ) from error
+    if (index := hf_dir / INDEX_FILE).is_file():
+        needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [name for name in needed if not (hf_dir / name).is_file()]:
+            raise UserError(
+                f"{hf_dir / missing[0]} is missing: {INDEX_FILE} names {len(needed)} files, "
+                f"{len(missing)} of them are not there. Get the folder again."
+            )
     if not files:
-        raise UserError(f"{hf_dir} holds no safetensors file.")
+        pickled = sorted(path.name for path in hf_dir.glob("*.bin"))
+        remedy = (
+            f" {pickled[0]} is a pickle, which can run code and is not read: load it where you "
+            f"trust it and save it with save_pretrained, which writes safetensors."
+            if pickled
+            else ""
+        )
+        raise UserError(f"{hf_dir} holds no safetensors file.{remedy}")
     return files
 
 
@@ -66,25 +96,119 @@ def read_tensors(files: dict[str, Path], names: Sequence[str]) -> list[Tensor]:
     return tensors
 
 
-def load_stock(hf_dir: Path) -> tuple[Any, dict[str, Any]]:
-    """(model in fp32, loading info), as any user of transformers gets them."""
+class HfFolder:
+    """The tensors of a folder, and the logits that stock transformers makes of them.
+
+    Raises:
+        UserError: the folder is none, is damaged, or of an architecture that is not known here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config = load_config(self.path)
+        if self.config.get("model_type") not in TARGETS:
+            raise UserError(
+                f"{self.path} holds a model of type {self.config.get('model_type')!r}; known are "
+                f"{', '.join(TARGETS)}."
+            )
+        self.target = TARGETS[self.config["model_type"]]
+        self.tied = bool(self.config.get("tie_word_embeddings"))
+        self._files = tensor_files(self.path)
+        self.specs = dict(self._read_specs())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored."""
+        return read_tensors(self._files, [name])[0]
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that transformers needs for this config.json."""
+        shapes = {name: tuple(t.shape) for name, t in self._empty_model().state_dict().items()}
+        if self.tied:
+            del shapes["lm_head.weight"]
+        return shapes
+
+    def logits(
+        self,
+        read: Callable[[str], Tensor],
+        prompts: Sequence[Sequence[int]],
+        *,
+        as_loaded: bool = False,
+    ) -> list[Tensor]:
+        """fp32 logits (tokens, vocabulary) of transformers' own model, for each prompt.
+
+        Weights are read when their layer computes and given back after it, so that memory is about
+        that of the embedding in fp32 and of one layer.
+
+        Args:
+            read: a tensor by its name, in place of the folder's.
+            as_loaded: round what `from_pretrained` would round whatever the dtype: it builds
+                Arcee's xIELU in bf16.
+        """
+        model = self._empty_model()
+        lengths = [len(prompt) for prompt in prompts]
+        # what follows a token cannot change its logits, so shorter prompts may be filled up
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(list(prompt))
+        valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        with quiet_transformers(), torch.inference_mode(), ExitStack() as stack:
+            for name, module in _parts(model):
+                prefix = "model.embed_tokens" if name == "lm_head" and self.tied else name
+                load = partial(_load, prefix=prefix, read=read, as_loaded=as_loaded)
+                stack.callback(module.register_forward_pre_hook(load).remove)
+                stack.callback(module.register_forward_hook(_unload).remove)
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            logits: Tensor = model.lm_head(hidden[valid])
+        return list(logits.split(lengths))
+
+    def rounds_when_loaded(self) -> bool:
+        """Whether `from_pretrained(dtype=torch.float32)` changes a stored value."""
+        expected = self._empty_model().state_dict()
+        return any(
+            spec.dtype.itemsize > expected[name].dtype.itemsize
+            for name, spec in self.specs.items()
+            if name in expected
+        )
+
+    def _empty_model(self) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with quiet_transformers():
+            config: Any = AutoConfig.from_pretrained(str(self.path), local_files_only=True)
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            # its frequencies are computed, not loaded
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        return model.eval()
+
+    def _read_specs(self) -> Iterator[tuple[str, TensorSpec]]:
+        from safetensors import safe_open
+
+        for path in sorted(set(self._files.values())):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in _DTYPES:
+                        raise UserError(
+                            f"{path}: {name} is stored as {part.get_dtype()}; known are "
+                            f"{', '.join(_DTYPES)}. Quantized models are not read."
+                        )
+                    yield name, TensorSpec(_DTYPES[part.get_dtype()], tuple(part.get_shape()))
+
+
+def load_exact(hf_dir: Path) -> Any:
+    """The model in fp32, whole, with its alphas exactly as exported.
+
+    `ACT2FN["xielu"]` builds Arcee's activation in bf16 whatever the model's dtype, and loading
+    casts to that; the files hold fp32, which comes back here.
+    """
     from transformers import AutoModelForCausalLM
 
     load_config(hf_dir)
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype=torch.float32, output_loading_info=True, local_files_only=True
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(hf_dir), dtype=torch.float32, local_files_only=True
         )
-    model, info = loaded
-    return model.eval(), info
-
-
-def restore_alphas(model: Any, hf_dir: Path) -> None:
-    """Undo the rounding of alphas, beta and eps to bf16 that transformers does when it loads Arcee.
-
-    `ACT2FN["xielu"]` builds the activation in bf16 whatever the model's dtype, and loading casts to
-    that. The files hold fp32.
-    """
     files = tensor_files(hf_dir)
     names = [name for name in files if ".act_fn." in name]
     for name, module in model.named_modules():
@@ -93,21 +217,35 @@ def restore_alphas(model: Any, hf_dir: Path) -> None:
     state = dict(zip(names, read_tensors(files, names), strict=True))
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     assert not unexpected, unexpected
+    return model.eval()
 
 
-def load_exact(hf_dir: Path) -> Any:
-    """The model in fp32 with its alphas exactly as exported."""
-    model, _ = load_stock(hf_dir)
-    restore_alphas(model, hf_dir)
-    return model
+def _parts(model: Any) -> list[tuple[str, nn.Module]]:
+    """What is loaded at once, under the name that its tensors begin with."""
+    layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)]
+    return [
+        ("model.embed_tokens", model.model.embed_tokens),
+        *layers,
+        ("model.norm", model.model.norm),
+        ("lm_head", model.lm_head),
+    ]
 
 
-@torch.inference_mode()
-def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """fp32 logits (tokens, vocabulary) of each prompt."""
-    return [model(torch.tensor([list(prompt)])).logits[0].float() for prompt in prompts]
+def _load(
+    module: nn.Module,
+    inputs: Any,
+    *,
+    prefix: str,
+    read: Callable[[str], Tensor],
+    as_loaded: bool,
+) -> None:
+    state = {
+        name: value.to(empty.dtype) if as_loaded else value.float()
+        for name, empty in module.state_dict().items()
+        for value in (read(f"{prefix}.{name}"),)
+    }
+    module.load_state_dict(state, assign=True)
 
 
-def hf_logits(hf_dir: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """fp32 logits (tokens, vocabulary) of stock transformers with the exact alphas."""
-    return logits_of(load_exact(hf_dir), prompts)
+def _unload(module: nn.Module, inputs: Any, output: Any) -> None:
+    module.to("meta")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_xielu.checkpoint.architecture import LLAMA, Architecture
 from megatron_xielu.checkpoint.store import LATEST, Store
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
@@ -25,7 +26,8 @@ class RunCheckpoint:
     path: Path
     """The iter_ folder."""
     iteration: int
-    recipe: Recipe
+    recipe: Recipe | None
+    """None for a checkpoint of plain Megatron, beside which no recipe.yaml lies."""
     tokenizer: Path | None
     """The tokenizer folder of the run's data, if it is on this machine."""
 
@@ -36,21 +38,85 @@ def open_run(path: Path) -> RunCheckpoint:
     An iter_ folder means that step, the others mean the latest one.
 
     Raises:
-        UserError: nothing is saved there yet, or no recipe.yaml lies beside it.
+        UserError: nothing is saved there yet.
     """
     path = Path(path).absolute()
     step = path if re.fullmatch(r"iter_\d+", path.name) else _latest_step(path)
     if not step.is_dir():
         raise UserError(f"{step} does not exist{_saved_steps(step.parent)}.")
     run_dir = _run_dir(step)
-    recipe = load_recipe(str(run_dir / _RECIPE))
+    recipe = load_recipe(str(run_dir / _RECIPE)) if run_dir is not None else None
     return RunCheckpoint(
-        run_dir=run_dir,
+        run_dir=run_dir or step.parent,
         path=step,
         iteration=int(step.name.removeprefix("iter_")),
         recipe=recipe,
         tokenizer=_tokenizer(recipe),
     )
+
+
+def open_recipe(path: Path) -> tuple[RunCheckpoint, Recipe]:
+    """A run that must have its recipe; see `open_run`.
+
+    Raises:
+        UserError: as `open_run`, or no recipe.yaml lies beside the step.
+    """
+    run = open_run(path)
+    if run.recipe is None:
+        raise UserError(f"No {_RECIPE} beside {run.path}. Copy the run's into {run.run_dir}.")
+    return run, run.recipe
+
+
+def architecture_of(
+    run: RunCheckpoint,
+    reader: TorchDistReader,
+    *,
+    vocab_size: int | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Architecture:
+    """The architecture of a saved step: by its recipe, else by the arguments that Megatron saved.
+
+    Args:
+        vocab_size: the tokenizer's; None means what the recipe or the arguments say.
+        given: Megatron's arguments that the checkpoint lacks, by their names in it.
+
+    Raises:
+        UserError: the recipe is not this checkpoint's, or arguments are missing or describe no
+            Llama.
+    """
+    if run.recipe is not None:
+        if given:
+            raise UserError(
+                f"--arg {next(iter(given))} means nothing: {run.run_dir / _RECIPE} describes the "
+                f"model."
+            )
+        check_arguments(reader, run.recipe)
+        size = vocab_size or run.recipe.model.vocab_size
+        if size is None:
+            raise UserError(
+                f"The vocabulary's size is unknown: {run.run_dir / _RECIPE} leaves "
+                f"model.vocab_size open and the run's tokenizer is not here. Give the tokenizer's "
+                f"folder."
+            )
+        return Architecture.of_recipe(run.recipe, size)
+    try:
+        return Architecture.of_arguments(
+            {**arguments_of(reader), **(given or {})},
+            has_alphas=any(map(_is_alpha, reader.keys())),
+            vocab_size=vocab_size,
+        )
+    except UserError as error:
+        raise UserError(f"{run.path} (no {_RECIPE} lies beside it): {error}") from error
+
+
+def _is_alpha(key: str) -> bool:
+    return ".activation_func.alpha_" in key
+
+
+def arguments_of(reader: TorchDistReader) -> dict[str, Any]:
+    """The arguments that Megatron saved, by name; empty if there are none."""
+    args = reader.common_state().get("args")
+    return {} if args is None else dict(vars(args))
 
 
 def check_arguments(
@@ -95,32 +161,15 @@ def _expected_arguments(recipe: Recipe, args: Any) -> dict[str, Any]:
         "qk_layernorm": model.qk_layernorm,
         "rotary_base": model.rope_theta,
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
-        **_LLAMA,
+        "swiglu": model.activation == "swiglu",
+        "squared_relu": model.activation == "relu2",
+        "use_rope_scaling": False,
+        **{name: value for name, (value, _) in LLAMA.items()},
     }
     # without grouped queries the saved value is an unused default
     if getattr(args, "group_query_attention", False):
         expected["num_query_groups"] = num_query_groups(model)
     return expected
-
-
-# a run may have passed any flag of Megatron's behind the recipe
-_LLAMA: dict[str, Any] = {
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "apply_residual_connection_post_layernorm": False,
-    "attention_output_gate": False,
-    "layernorm_zero_centered_gamma": False,
-    "no_rope_freq": None,
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "qk_l2_norm": False,
-    "rotary_interleaved": False,
-    "rotary_percent": 1.0,
-    "rotary_seq_len_interpolation_factor": None,
-    "swiglu": False,
-    "use_rope_scaling": False,
-    "window_size": None,
-}
 
 
 def _latest_step(path: Path) -> Path:
@@ -140,19 +189,13 @@ def _saved_steps(folder: Path) -> str:
     return f"; saved there: {', '.join(names)}" if names else "; nothing is saved there"
 
 
-def _run_dir(step: Path) -> Path:
+def _run_dir(step: Path) -> Path | None:
     folders = (step.parent.parent, step.parent, step)
-    run_dir = next((folder for folder in folders if (folder / _RECIPE).is_file()), None)
-    if run_dir is None:
-        raise UserError(
-            f"No {_RECIPE} beside {step} (looked in {', '.join(map(str, folders))}): the model's "
-            f"sizes and rope_theta come from it. Copy the run's {_RECIPE} into {folders[0]}."
-        )
-    return run_dir
+    return next((folder for folder in folders if (folder / _RECIPE).is_file()), None)
 
 
-def _tokenizer(recipe: Recipe) -> Path | None:
-    if recipe.data.path is None:
+def _tokenizer(recipe: Recipe | None) -> Path | None:
+    if recipe is None or recipe.data.path is None:
         return None
     folder = Path(recipe.data.path) / "tokenizer"
     return folder if folder.is_dir() else None

@@ -1,50 +1,53 @@
 """A Megatron checkpoint to a Hugging Face folder that stock transformers loads.
 
-The target is ArceeForCausalLM with hidden_act="xielu": Llama's layers around a non-gated MLP.
-Weights stream from the checkpoint into one safetensors file after the other, so that memory is
-about one file; no GPU, Megatron or transformers model is needed.
+The class is the one of `targets` that fits. Weights stream from the checkpoint into one safetensors
+file after the other, one tensor at a time, so that memory is about twice the largest tensor; no
+GPU, Megatron or transformers model is needed.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_xielu.checkpoint.arcee import (
-    SpecialTokens,
-    arcee_config,
-    generation_config,
-    refuse_unrepresentable,
-)
+from megatron_xielu.checkpoint.architecture import Architecture
+from megatron_xielu.checkpoint.hf_model import INDEX_FILE
 from megatron_xielu.checkpoint.mapping import (
     XIELU_CONSTANTS,
-    Dims,
     Placement,
     hf_shapes,
     locate,
     read_weight,
+    untied,
 )
 from megatron_xielu.checkpoint.model_card import model_card
-from megatron_xielu.checkpoint.run import RunCheckpoint, check_arguments, open_run
+from megatron_xielu.checkpoint.run import RunCheckpoint, architecture_of, arguments_of, open_run
+from megatron_xielu.checkpoint.safetensors_file import SafetensorsWriter, TensorSpec
+from megatron_xielu.checkpoint.targets import (
+    Arch,
+    SpecialTokens,
+    Target,
+    choose_target,
+    generation_config,
+    hf_config,
+)
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
-from megatron_xielu.folders import new_folder
+from megatron_xielu.folders import leftovers, new_folder
 
 DType = Literal["auto", "fp32", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MANIFEST = "megatron_xielu_export.json"
 """Marks a folder as an export, which another export may replace."""
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -61,6 +64,7 @@ class HfExport:
 
     path: Path
     iteration: int
+    class_name: str
     dtype: str
     num_parameters: int
     num_bytes: int
@@ -72,9 +76,14 @@ def convert_to_hf(
     source: Path,
     out_dir: Path,
     *,
+    arch: Arch = "auto",
     dtype: DType = "auto",
     tokenizer: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    untie: bool = False,
+    drop_mtp: bool = False,
+    given: Mapping[str, Any] | None = None,
+    check: bool = False,
     progress: Callable[[str], None] = print,
 ) -> HfExport:
     """Writes the model of a run folder, checkpoints folder or iter_ folder to `out_dir`.
@@ -83,44 +92,81 @@ def convert_to_hf(
         source: see `open_run`.
         out_dir: must not exist, or be an earlier export, which is replaced once the new one is
             complete; a failure leaves it as it was.
+        arch: the class of transformers; "auto" is the one that fits.
         dtype: "auto" keeps the type of the checkpoint's matrices. xIELU's alphas are always fp32.
         tokenizer: a tokenizer folder; None means that of the run's data, if it is there.
         max_shard_bytes: larger models are split into several files with an index.
+        untie: write tied embeddings twice, as an output layer of its own.
+        drop_mtp: leave out layers of multi-token prediction, which no class has.
+        given: Megatron's arguments that a checkpoint without recipe lacks, by their names in it.
+        check: compare what was written with the checkpoint before it gets its name; needs
+            transformers.
 
     Raises:
-        UserError: the model cannot be held by Arcee, the checkpoint is unreadable or of another
+        UserError: no such class can hold the model, the checkpoint is unreadable or of another
             recipe, or the folder cannot be written.
+        VerifyError: what was written is not the checkpoint's model; nothing is left of it.
     """
     run = open_run(source)
     out_dir = Path(out_dir).resolve()
-    refuse_unrepresentable(run.recipe)
     _refuse_foreign(out_dir)
     reader = TorchDistReader(run.path)
-    check_arguments(reader, run.recipe)
-    tokenizer = tokenizer or run.tokenizer
-    tokens = _special_tokens(tokenizer, run)
-    dims = Dims.of(run.recipe, tokens.vocab_size)
-    placements = locate(reader, dims)
+    tokens = _special_tokens(tokenizer or run.tokenizer)
+    size = tokens.vocab_size if tokens else None
+    stored = architecture_of(run, reader, vocab_size=size, given=given)
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, run, reader, stored)
+    tokens = tokens or SpecialTokens(stored.vocab_size)
+    target = choose_target(stored, arch)
+    placements = locate(reader, stored, drop_mtp=drop_mtp)
+    written = replace(stored, tie_embeddings=stored.tie_embeddings and not untie)
+    if written != stored:
+        placements = untied(placements)
     torch_dtype = _export_dtype(dtype, reader, placements)
     name = {value: key for key, value in TORCH_DTYPES.items()}[torch_dtype]
-    shards = _plan_shards(placements, dims, torch_dtype, max_shard_bytes)
+    export = _Export(reader, stored, target, torch_dtype)
+    shards = export.plan(placements, max_shard_bytes)
     num_bytes = sum(shard.num_bytes for shard in shards)
-    progress(f"step {run.iteration} of {run.run_dir}: {num_bytes / 1e9:.3g} GB as {name}")
+    progress(
+        f"step {run.iteration} of {run.run_dir} as {target.class_name}: "
+        f"{num_bytes / 1e9:.3g} GB in {name}"
+    )
+    for path in leftovers(out_dir):
+        progress(f"note: {path} is from an interrupted run; delete it unless one is still at work")
     with _new_export(out_dir) as folder:
-        _write_json(folder / "config.json", arcee_config(run.recipe, tokens, torch_dtype))
-        num_parameters = _write_weights(reader, shards, dims, torch_dtype, folder, progress)
+        _write_json(folder / "config.json", hf_config(target, written, tokens, torch_dtype))
+        num_parameters = export.write(shards, folder)
         _write_json(folder / "generation_config.json", generation_config(tokens))
-        if tokenizer is not None:
-            _copy_tokenizer(tokenizer, folder)
-        card = model_card(run, num_parameters, name, tokenizer is not None)
+        if folder_of_tokenizer := tokenizer or run.tokenizer:
+            _copy_tokenizer(folder_of_tokenizer, folder)
+        card = model_card(
+            run,
+            arguments_of(reader),
+            written,
+            target,
+            num_parameters=num_parameters,
+            dtype=name,
+            has_tokenizer=bool(folder_of_tokenizer),
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         _write_json(
             folder / MANIFEST,
-            {"format": 1, "recipe": run.recipe.name, "iteration": run.iteration, "dtype": name},
+            {
+                "format": 1,
+                "recipe": run.recipe.name if run.recipe else None,
+                "iteration": run.iteration,
+                "dtype": name,
+            },
         )
+        if check:
+            from megatron_xielu.checkpoint.verify import verify
+
+            progress(str(verify(folder, run.path, given=given)))
         files = tuple(sorted(file.name for file in folder.iterdir()))
     progress(f"wrote {out_dir}: {num_parameters:,} parameters in {len(shards)} file(s)")
-    return HfExport(out_dir, run.iteration, name, num_parameters, num_bytes, files)
+    return HfExport(
+        out_dir, run.iteration, target.class_name, name, num_parameters, num_bytes, files
+    )
 
 
 @dataclass(frozen=True)
@@ -128,89 +174,88 @@ class _Shard:
     """One safetensors file to be."""
 
     name: str
-    placements: list[Placement]
-    num_bytes: int
+    specs: dict[Placement, dict[str, TensorSpec]]
+    """The tensors that become of each placement, by their exported names."""
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {name: spec for specs in self.specs.values() for name, spec in specs.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.tensors.values())
 
 
-def _plan_shards(
-    placements: list[Placement], dims: Dims, dtype: torch.dtype, max_bytes: int
-) -> list[_Shard]:
-    groups: list[tuple[list[Placement], int]] = []
-    for placement in placements:
-        size = _num_bytes(placement, dims, dtype)
-        if not groups or groups[-1][1] + size > max_bytes:
-            groups.append(([], 0))
-        members, total = groups[-1]
-        groups[-1] = ([*members, placement], total + size)
-    count = len(groups)
-    names = [SINGLE_FILE]
-    if count > 1:
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return [_Shard(name, *group) for name, group in zip(names, groups, strict=True)]
+@dataclass(frozen=True)
+class _Export:
+    """One checkpoint on its way into one class."""
 
+    reader: TorchDistReader
+    arch: Architecture
+    target: Target
+    dtype: torch.dtype
 
-def _num_bytes(placement: Placement, dims: Dims, dtype: torch.dtype) -> int:
-    width = _target_dtype(placement, dtype).itemsize
-    elements = sum(prod(shape) for shape in hf_shapes(placement, dims).values())
-    return elements * width + sum(t.nbytes for t in _constants(placement).values())
+    def plan(self, placements: list[Placement], max_bytes: int) -> list[_Shard]:
+        """The files, none larger than `max_bytes` unless one weight is."""
+        groups: list[dict[Placement, dict[str, TensorSpec]]] = []
+        room = 0
+        for placement in placements:
+            specs = self._specs(placement)
+            size = sum(spec.num_bytes for spec in specs.values())
+            if not groups or size > room:
+                groups.append({})
+                room = max_bytes
+            groups[-1][placement] = specs
+            room -= size
+        count = len(groups)
+        names = [SINGLE_FILE]
+        if count > 1:
+            names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        return [_Shard(name, group) for name, group in zip(names, groups, strict=True)]
 
+    def write(self, shards: list[_Shard], folder: Path) -> int:
+        """Writes every file and, for more than one, the index; returns the number of parameters."""
+        from tqdm import tqdm
 
-def _target_dtype(placement: Placement, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if placement.entry.keep_fp32 else dtype
-
-
-def _constants(placement: Placement) -> dict[str, Tensor]:
-    """beta and eps of a layer, written next to its alpha_p."""
-    if not placement.hf_names[0].endswith("act_fn.alpha_p"):
-        return {}
-    return {
-        name.format(i=placement.layer): torch.tensor(value, dtype=torch.float32)
-        for name, value in XIELU_CONSTANTS.items()
-    }
-
-
-def _exported_tensors(
-    reader: TorchDistReader, placement: Placement, dims: Dims, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The tensors one placement becomes, under their exported names and in their exported type."""
-    parts = placement.entry.split(read_weight(reader, placement, dims), dims)
-    target = _target_dtype(placement, dtype)
-    tensors = {
-        name: part.to(target).contiguous()
-        for name, part in zip(placement.hf_names, parts, strict=True)
-    }
-    return tensors | _constants(placement)
-
-
-def _write_weights(
-    reader: TorchDistReader,
-    shards: list[_Shard],
-    dims: Dims,
-    dtype: torch.dtype,
-    folder: Path,
-    progress: Callable[[str], None],
-) -> int:
-    """Writes every file and, for more than one, the index; returns the number of parameters."""
-    from safetensors.torch import save_file
-
-    weight_map: dict[str, str] = {}
-    num_parameters = 0
-    for shard in shards:
-        tensors: dict[str, Tensor] = {}
-        for placement in shard.placements:
-            tensors |= _exported_tensors(reader, placement, dims, dtype)
-        save_file(tensors, folder / shard.name, metadata={"format": "pt"})
-        # safetensors lets nobody but the owner read its files
-        shutil.copymode(folder / "config.json", folder / shard.name)
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        # beta and eps are the only 0-dim tensors, and no parameters
-        num_parameters += sum(tensor.numel() for tensor in tensors.values() if tensor.dim())
-        progress(f"{shard.name}: {len(tensors)} tensors, {shard.num_bytes / 1e9:.3g} GB")
-    if len(shards) > 1:
         total = sum(shard.num_bytes for shard in shards)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX_FILE, index)
-    return num_parameters
+        # a bar on terminals only
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            for shard in shards:
+                with SafetensorsWriter(folder / shard.name, shard.tensors) as file:
+                    for placement in shard.specs:
+                        for name, tensor in self._tensors(placement):
+                            file.write(name, tensor)
+                            bar.update(tensor.nbytes)
+        if len(shards) > 1:
+            weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(folder / INDEX_FILE, index)
+        # beta and eps are the only 0-dim tensors, and no parameters
+        shapes = [spec.shape for shard in shards for spec in shard.tensors.values() if spec.shape]
+        return sum(torch.Size(shape).numel() for shape in shapes)
+
+    def _specs(self, placement: Placement) -> dict[str, TensorSpec]:
+        dtype = torch.float32 if placement.entry.keep_fp32 else self.dtype
+        shapes = hf_shapes(placement, self.arch, self.target)
+        constants = dict.fromkeys(_constants(placement), TensorSpec(torch.float32, ()))
+        return {name: TensorSpec(dtype, shape) for name, shape in shapes.items()} | constants
+
+    def _tensors(self, placement: Placement) -> Iterator[tuple[str, Tensor]]:
+        dtype = torch.float32 if placement.entry.keep_fp32 else self.dtype
+        # rounded before it is cut, so that the stored weight is given back first
+        weight = read_weight(self.reader, placement, self.arch).to(dtype)
+        parts = placement.entry.split(weight, self.arch)
+        for name, part in zip(placement.hf_names(self.target), parts, strict=True):
+            yield name, part.contiguous()
+        for name, value in _constants(placement).items():
+            yield name, torch.tensor(value, dtype=torch.float32)
+
+
+def _constants(placement: Placement) -> dict[str, float]:
+    """beta and eps of a layer, written next to its alpha_p."""
+    if not placement.entry.hf[0].endswith("act_fn.alpha_p"):
+        return {}
+    return {name.format(i=placement.layer): value for name, value in XIELU_CONSTANTS.items()}
 
 
 def _export_dtype(
@@ -224,15 +269,9 @@ def _export_dtype(
     return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
 
 
-def _special_tokens(tokenizer: Path | None, run: RunCheckpoint) -> SpecialTokens:
+def _special_tokens(tokenizer: Path | None) -> SpecialTokens | None:
     if tokenizer is None:
-        if run.recipe.model.vocab_size is None:
-            raise UserError(
-                f"The vocabulary's size is unknown: {run.run_dir / 'recipe.yaml'} leaves "
-                f"model.vocab_size open and the run's tokenizer is not here. Give the tokenizer's "
-                f"folder."
-            )
-        return SpecialTokens(run.recipe.model.vocab_size)
+        return None
     from transformers import AutoTokenizer
 
     try:
@@ -243,6 +282,21 @@ def _special_tokens(tokenizer: Path | None, run: RunCheckpoint) -> SpecialTokens
     # ids may have holes, so the size is what holds the largest one
     size = max(loaded.get_vocab().values()) + 1
     return SpecialTokens(size, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+
+
+def _check_vocabulary(
+    tokenizer: Path, run: RunCheckpoint, reader: TorchDistReader, arch: Architecture
+) -> None:
+    """Raises UserError where a tokenizer is much too small, which no shape shows."""
+    rows = reader.shape("embedding.word_embeddings.weight")[0]
+    args = arguments_of(reader)
+    # how far Megatron rounds up
+    step = args.get("make_vocab_size_divisible_by", 128) * args.get("tensor_model_parallel_size", 1)
+    if rows - arch.vocab_size >= step:
+        raise UserError(
+            f"{tokenizer} has {arch.vocab_size} ids and {run.path} {rows} rows, {step} of which at "
+            f"most can be padding: it is not the tokenizer of this run's data."
+        )
 
 
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
@@ -267,10 +321,8 @@ def _refuse_foreign(out_dir: Path) -> None:
 @contextmanager
 def _new_export(out_dir: Path) -> Iterator[Path]:
     """A new folder that takes `out_dir`'s place when the block ends well, else vanishes."""
-    from safetensors import SafetensorError
-
     try:
         with new_folder(out_dir) as folder:
             yield folder
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{out_dir} could not be written: {error}. Nothing was changed.") from error

@@ -1,54 +1,40 @@
-"""Prove that an export is the model of its checkpoint.
+"""Prove that two models are one: checkpoints and Hugging Face folders, in any pair.
 
-Three checks, each of which sees faults that the others do not: every exported tensor is turned back
-into Megatron's form and compared with the checkpoint bit for bit; stock transformers loads the
-folder with no key missing, left over or of another shape; and its fp32 logits equal those of a
-reference, the Megatron model itself.
+Each check sees faults that the others do not. A Hugging Face folder must hold exactly the tensors
+that transformers needs for its config.json; every tensor must equal the other model's bit for bit;
+and fp32 logits must agree, those of a folder computed by stock transformers, those of a checkpoint
+by a model written from Megatron's conventions (`megatron_model`), or by Megatron itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_xielu.checkpoint.hf_model import (
-    hf_logits,
-    load_config,
-    load_stock,
-    logits_of,
-    read_tensors,
-    restore_alphas,
-    tensor_files,
-)
-from megatron_xielu.checkpoint.mapping import (
-    XIELU_CONSTANTS,
-    Dims,
-    Placement,
-    hf_shapes,
-    locate,
-    read_weight,
-)
-from megatron_xielu.checkpoint.run import check_arguments, open_run
-from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+from megatron_xielu.checkpoint.hf_model import HfFolder
+from megatron_xielu.checkpoint.mapping import EMBEDDING, LM_HEAD
+from megatron_xielu.checkpoint.megatron_model import MegatronCheckpoint
 from megatron_xielu.errors import UserError
-
-__all__ = ["VerifyError", "VerifyReport", "default_prompts", "hf_logits", "verify_export"]
 
 LOGIT_TOLERANCE = 1e-4
 """Largest difference of fp32 logits; alphas rounded to bf16, the least fault known, exceed it."""
 TIE = 1e-5
 """Two logits of the reference this close may change places: fp32 sums in another order do that."""
+_LONGEST = 128
+"""Tokens of the longest prompt: enough for a wrong RoPE to show, and logits that fit any memory."""
 
 Prompts = Sequence[Sequence[int]]
 ReferenceLogits = Callable[[list[list[int]]], list[Tensor]]
+Model = HfFolder | MegatronCheckpoint
 
 
 class VerifyError(Exception):
-    """The export is not the checkpoint's model; the message says where they differ."""
+    """The two are not one model; the message says where they differ."""
 
 
 @dataclass(frozen=True)
@@ -68,153 +54,189 @@ class VerifyReport:
     """What was compared and how close it was."""
 
     num_tensors: int
-    rounded: bool
-    """The export holds shorter numbers than the checkpoint."""
+    num_rounded: int
+    """Tensors that one of the two holds in a shorter type, compared in that."""
     logits: LogitDifference
-    """Reference against transformers with the exported values, or, for a rounded export, with the
-    checkpoint's: rounding aside, the two must be one function."""
-    stock: LogitDifference
-    """Reference against transformers as it loads the folder: alphas and weights rounded."""
+    """Of the two models, with the values that both hold."""
+    stock: LogitDifference | None
+    """Of the first model and of transformers as it loads a folder whose alphas it rounds."""
 
     def __str__(self) -> str:
-        values = "the checkpoint's unrounded values" if self.rounded else "the exported values"
-        return (
-            f"{self.num_tensors} tensors equal the checkpoint bit for bit"
-            f"{' (rounded to the export type)' if self.rounded else ''}; transformers loads all\n"
-            f"fp32 logits at {self.logits.positions} positions, {values}: "
-            f"max difference {self.logits.max_abs:.2e}, same token {self.logits.agreement:.2%}\n"
-            f"as transformers loads it by itself: "
-            f"max difference {self.stock.max_abs:.2e}, same token {self.stock.agreement:.2%}"
+        rounded = f" ({self.num_rounded} rounded to the shorter type)" if self.num_rounded else ""
+        text = (
+            f"{self.num_tensors} tensors are equal bit for bit{rounded}\n"
+            f"fp32 logits at {self.logits.positions} positions: max difference "
+            f"{self.logits.max_abs:.2e}, same token {self.logits.agreement:.2%}"
         )
+        if self.stock is not None:
+            text += (
+                f"\nas transformers loads it by itself, alphas rounded to bf16: max difference "
+                f"{self.stock.max_abs:.2e}, same token {self.stock.agreement:.2%}"
+            )
+        return text
 
 
-def verify_export(
-    hf_dir: Path,
-    source: Path,
+def verify(
+    a: Path,
+    b: Path,
     *,
     prompts: list[list[int]] | None = None,
-    reference_logits: ReferenceLogits,
+    reference_logits: ReferenceLogits | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
-    """Compares the export `hf_dir` with the checkpoint `source` it was made from.
+    """Compares two models, each a run, checkpoints or iter_ folder or a Hugging Face folder.
+
+    Where one holds a tensor in a shorter type, both are rounded to it before they are compared and
+    before logits are computed.
 
     Args:
-        hf_dir: a folder written by `convert_to_hf`.
-        source: a run, checkpoints or iter_ folder; see `open_run`.
         prompts: token ids; None means `default_prompts`.
-        reference_logits: the reference's logits (tokens, at least the vocabulary) for each prompt,
-            from the checkpoint's weights in fp32 arithmetic.
+        reference_logits: logits (tokens, at least the vocabulary) for each prompt that take the
+            place of those computed from the checkpoint among the two.
+        given: Megatron's arguments that a checkpoint lacks, by their names in it.
 
     Raises:
-        VerifyError: a tensor, key or logit differs.
+        VerifyError: a key, shape, tensor or logit differs.
         UserError: a folder or a prompt cannot be used.
     """
-    run = open_run(source)
-    reader = TorchDistReader(run.path)
-    check_arguments(reader, run.recipe)
-    dims = Dims.of(run.recipe, int(load_config(hf_dir)["vocab_size"]))
-    placements = locate(reader, dims)
+    one, other = open_models(a, b, given)
+    for model in (one, other):
+        if isinstance(model, HfFolder):
+            check_keys(model)
+    shorter = compare_tensors(one, other)
+    vocab_size = one.specs[EMBEDDING].shape[0]
     if prompts is None:
-        prompts = default_prompts(dims.vocab_size, run.recipe.model.seq_length)
-    _check_prompts(prompts, dims.vocab_size, run.recipe.model.seq_length)
-    num_tensors, rounded = compare_tensors(hf_dir, reader, placements, dims)
-    model, info = load_stock(hf_dir)
-    _check_loading(info)
-    expected = [logits[:, : dims.vocab_size] for logits in reference_logits(prompts)]
-    stock = _compare(expected, logits_of(model, prompts))
-    restore_alphas(model, hf_dir)
-    if rounded:
-        _load_unrounded(model, reader, placements, dims)
-    exact = _compare(expected, logits_of(model, prompts))
-    if exact.first is not None:
-        raise VerifyError(_describe(exact, prompts))
-    return VerifyReport(num_tensors, rounded, exact, stock)
+        prompts = default_prompts(vocab_size, min(_context(one), _context(other)))
+    _check_prompts(prompts, vocab_size, min(_context(one), _context(other)))
+    logits = [_logits(model, shorter, prompts, reference_logits) for model in (one, other)]
+    difference = _compare(*logits)
+    if difference.first is not None:
+        raise VerifyError(_describe(difference, prompts))
+    stock = None
+    for model, expected in ((one, logits[1]), (other, logits[0])):
+        if isinstance(model, HfFolder) and model.rounds_when_loaded():
+            stock = _compare(expected, model.logits(model.read, prompts, as_loaded=True))
+    return VerifyReport(len(other.specs), len(shorter), difference, stock)
+
+
+def open_models(a: Path, b: Path, given: Mapping[str, Any] | None = None) -> tuple[Model, Model]:
+    """Both models; a checkpoint beside a folder gets the folder's names and vocabulary."""
+    folders = {path: HfFolder(path) for path in (a, b) if (Path(path) / "config.json").is_file()}
+    target = next((folder.target for folder in folders.values()), None)
+    size = next((int(folder.config["vocab_size"]) for folder in folders.values()), None)
+    one, other = (
+        folders[path]
+        if path in folders
+        else MegatronCheckpoint(path, target=target, vocab_size=size, given=given)
+        for path in (a, b)
+    )
+    return one, other
 
 
 def default_prompts(vocab_size: int, seq_length: int) -> list[list[int]]:
-    """Random ids, the same every time, of several lengths from 1 to the whole context."""
+    """Random ids, the same every time, of several lengths from 1 to the context, at most 128."""
     generator = torch.Generator().manual_seed(0)
-    lengths = sorted({min(length, seq_length) for length in (1, 2, 7, 32, seq_length)})
+    lengths = sorted({min(length, seq_length) for length in (1, 2, 7, 32, _LONGEST)})
     return [
         torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths
     ]
 
 
-def compare_tensors(
-    hf_dir: Path, reader: TorchDistReader, placements: Sequence[Placement], dims: Dims
-) -> tuple[int, bool]:
-    """Turns every exported tensor back into Megatron's form and compares bit for bit.
+def check_keys(folder: HfFolder) -> None:
+    """Raises VerifyError unless a folder holds the tensors that its config.json means."""
+    expected = folder.expected_shapes()
+    if missing := sorted(expected.keys() - folder.specs.keys()):
+        raise VerifyError(f"{folder.path} lacks {len(missing)} tensor(s), the first {missing[0]}.")
+    # an output layer beside tied embeddings is passed over by transformers
+    if extra := sorted(folder.specs.keys() - expected.keys() - {LM_HEAD}):
+        raise VerifyError(
+            f"{folder.path} holds {len(extra)} unknown tensor(s), the first {extra[0]}."
+        )
+    for name, shape in expected.items():
+        if folder.specs[name].shape != shape:
+            raise VerifyError(
+                f"{folder.path}: {name} has shape {folder.specs[name].shape}, config.json means "
+                f"{shape}."
+            )
+
+
+def compare_tensors(one: Model, other: Model) -> dict[str, torch.dtype]:
+    """Compares every tensor of two models bit for bit.
 
     Returns:
-        (number of exported tensors, whether any is stored shorter than in the checkpoint).
+        The names of those that one holds in a shorter type, and that type.
 
     Raises:
-        VerifyError: a name, shape, type or bit differs.
+        VerifyError: names, shapes or values differ; the tensor that differs most is named.
     """
-    files = tensor_files(hf_dir)
-    expected = _expected_shapes(placements, dims)
-    if missing := sorted(expected.keys() - files.keys()):
-        raise VerifyError(f"{hf_dir} lacks {len(missing)} tensor(s), the first {missing[0]}.")
-    if extra := sorted(files.keys() - expected.keys()):
-        raise VerifyError(f"{hf_dir} holds {len(extra)} unknown tensor(s), the first {extra[0]}.")
-    rounded = False
-    for placement in placements:
-        names = placement.hf_names
-        exported = read_tensors(files, names)
-        for name, tensor in zip(names, exported, strict=True):
-            if tuple(tensor.shape) != expected[name]:
-                raise VerifyError(
-                    f"{name} has shape {tuple(tensor.shape)}, expected {expected[name]}."
-                )
-        weight = read_weight(reader, placement, dims)
-        _compare_bits(names, placement.entry.merge(exported, dims), weight)
-        rounded |= exported[0].dtype.itemsize < weight.dtype.itemsize
-    _check_constants(files, dims)
-    return len(files), rounded
+    names = _names(one, other), _names(other, one)
+    for model, own, wanted in ((one, names[0], names[1]), (other, names[1], names[0])):
+        if missing := sorted(wanted - own):
+            raise VerifyError(
+                f"{model.path} lacks {len(missing)} tensor(s) that the other holds, the first "
+                f"{missing[0]}."
+            )
+    shorter: dict[str, torch.dtype] = {}
+    worst: tuple[float, str] | None = None
+    count = 0
+    # a checkpoint stores some together, which are then asked for one after the other
+    for name in one.specs if isinstance(one, MegatronCheckpoint) else other.specs:
+        specs = [model.specs[_alias(name, model)] for model in (one, other)]
+        if specs[0].shape != specs[1].shape:
+            raise VerifyError(
+                f"{name} has shape {specs[0].shape} in {one.path} and {specs[1].shape} in "
+                f"{other.path}."
+            )
+        dtype = min((spec.dtype for spec in specs), key=lambda dtype: dtype.itemsize)
+        if specs[0].dtype.itemsize != specs[1].dtype.itemsize:
+            shorter[name] = dtype
+        x, y = (model.read(_alias(name, model)).to(dtype) for model in (one, other))
+        # as bytes, so that NaN equals itself and -0 differs from 0
+        if not x.reshape(-1).view(torch.uint8).equal(y.reshape(-1).view(torch.uint8)):
+            count += 1
+            share = float((x != y).float().mean())
+            difference = float((x.float() - y.float()).abs().nan_to_num(nan=torch.inf).max())
+            text = (
+                f"{name}, {share:.1%} of whose {x.numel()} values differ, by at most "
+                f"{difference:.3g}"
+            )
+            if worst is None or difference > worst[0]:
+                worst = difference, text
+    if worst is not None:
+        raise VerifyError(f"{count} tensor(s) differ; the one that differs most is {worst[1]}.")
+    return shorter
 
 
-def _expected_shapes(placements: Sequence[Placement], dims: Dims) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for placement in placements:
-        shapes |= hf_shapes(placement, dims)
-    for name in XIELU_CONSTANTS:
-        shapes |= {name.format(i=layer): () for layer in range(dims.num_layers)}
-    return shapes
+def _names(model: Model, beside: Model) -> set[str]:
+    """What a model holds, its tied embeddings twice where the other holds an output layer."""
+    names = set(model.specs)
+    return names | {LM_HEAD} if model.tied and LM_HEAD in beside.specs else names
 
 
-def _compare_bits(names: Sequence[str], merged: Tensor, weight: Tensor) -> None:
-    weight = weight.to(merged.dtype)
-    # as bytes, so that NaN equals itself and -0 differs from 0
-    same = merged.reshape(-1).view(torch.uint8).equal(weight.reshape(-1).view(torch.uint8))
-    if not same:
-        count = int((merged != weight).sum())
-        raise VerifyError(
-            f"{', '.join(names)} differs from the checkpoint in {count} of {weight.numel()} values."
-        )
+def _alias(name: str, model: Model) -> str:
+    return EMBEDDING if name == LM_HEAD and LM_HEAD not in model.specs else name
 
 
-def _check_constants(files: dict[str, Path], dims: Dims) -> None:
-    for pattern, value in XIELU_CONSTANTS.items():
-        names = [pattern.format(i=layer) for layer in range(dims.num_layers)]
-        for name, tensor in zip(names, read_tensors(files, names), strict=True):
-            if not torch.equal(tensor, torch.tensor(value, dtype=torch.float32)):
-                raise VerifyError(f"{name} is {tensor.tolist()}, expected {value} in float32.")
+def _context(model: Model) -> int:
+    if isinstance(model, HfFolder):
+        return int(model.config["max_position_embeddings"])
+    return model.arch.seq_length
 
 
-def _check_loading(info: dict[str, object]) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := info.get(kind):
-            names = ", ".join(sorted(map(str, found))[:3])  # type: ignore[call-overload]
-            raise VerifyError(f"transformers reports {kind.replace('_', ' ')}: {names}.")
+def _logits(
+    model: Model,
+    shorter: Mapping[str, torch.dtype],
+    prompts: list[list[int]],
+    reference_logits: ReferenceLogits | None,
+) -> list[Tensor]:
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(shorter.get(name, tensor.dtype))
 
-
-def _load_unrounded(
-    model: torch.nn.Module, reader: TorchDistReader, placements: Sequence[Placement], dims: Dims
-) -> None:
-    for placement in placements:
-        parts = placement.entry.split(read_weight(reader, placement, dims), dims)
-        state = dict(zip(placement.hf_names, parts, strict=True))
-        unexpected = model.load_state_dict(state, strict=False).unexpected_keys
-        assert not unexpected, unexpected
+    if isinstance(model, HfFolder):
+        return model.logits(lambda name: rounded(name, model.read(name)), prompts)
+    if reference_logits is None:
+        return model.logits(prompts, rounded)
+    return [logits[:, : model.arch.vocab_size] for logits in reference_logits(prompts)]
 
 
 def _compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> LogitDifference:
@@ -237,9 +259,9 @@ def _describe(difference: LogitDifference, prompts: Prompts) -> str:
     assert difference.first is not None
     prompt, position = difference.first
     return (
-        f"The exported model computes something else than the checkpoint: max logit difference "
-        f"{difference.max_abs:.3g} (at most {LOGIT_TOLERANCE:g} allowed), same most likely token "
-        f"at {difference.agreement:.2%} of {difference.positions} positions. First at prompt "
+        f"The two compute something else: max logit difference {difference.max_abs:.3g} (at most "
+        f"{LOGIT_TOLERANCE:g} allowed), same most likely token at {difference.agreement:.2%} of "
+        f"{difference.positions} positions. First at prompt "
         f"{prompt} (length {len(prompts[prompt])}, ids {list(prompts[prompt][:8])}...), position "
         f"{position}."
     )

@@ -57,7 +57,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 def _modes(recipe: Recipe) -> Iterator[str]:
     name = f"fp8.recipe={recipe.fp8.recipe}"
-    yield from _watch(recipe)
+    yield from _watch(recipe) if recipe.model.activation == "xielu" else _baseline(recipe)
     if recipe.fp8.emulate:
         yield from _emulated(recipe)
         return
@@ -71,7 +71,7 @@ def _modes(recipe: Recipe) -> Iterator[str]:
             f"model.transformer_impl=local cannot go with {name}: TransformerEngine computes FP8; "
             "legal: transformer_engine, auto, or fp8.recipe=off"
         )
-    if recipe.fp8.fused:
+    if recipe.model.activation != "xielu" or recipe.fp8.fused:
         return
     if recipe.fp8.fc2_input == "bf16":
         yield (
@@ -102,6 +102,20 @@ def _watch(recipe: Recipe) -> Iterator[str]:
         yield (
             "fp8.on_outlier=bf16_layer cannot go with fp8.fused=false: TransformerEngine's own "
             "modules quantize every input; legal: fused=true, or on_outlier=warn or stop"
+        )
+
+
+def _baseline(recipe: Recipe) -> Iterator[str]:
+    fp8, activation = recipe.fp8, recipe.model.activation
+    if fp8.fc2_input == "bf16" and not fp8.emulate:
+        yield (
+            f"fp8.fc2_input=bf16 cannot go with model.activation={activation}: TransformerEngine's "
+            "own modules quantize every input; legal: fp8, or model.activation=xielu"
+        )
+    if fp8.on_outlier != "warn":
+        yield (
+            f"fp8.on_outlier={fp8.on_outlier} cannot go with model.activation={activation}: only "
+            "xIELU is watched; legal: warn, or model.activation=xielu"
         )
 
 

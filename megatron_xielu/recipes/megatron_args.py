@@ -1,7 +1,7 @@
 """A recipe as Megatron-Core 0.19's own command line.
 
 Only strings: Megatron is not imported here. Flags whose upstream default already says what a recipe
-means (no sliding window, no gate, rotary_percent 1, cross-document attention) are left out; every
+means (no sliding window, rotary_percent 1, cross-document attention) are left out; every
 other decision is spelled out, so that a change of an upstream default changes no run.
 """
 
@@ -17,7 +17,7 @@ from megatron_xielu.recipes.derived import (
     head_dim,
     num_query_groups,
 )
-from megatron_xielu.recipes.schema import FP8, Model, Recipe
+from megatron_xielu.recipes.schema import Model, Recipe
 
 Flags = Mapping[str, str | int | float | bool | Path]
 
@@ -51,7 +51,7 @@ def megatron_args(
         _checkpoint(recipe, run_dir, device),
         _logging(recipe, run_dir),
         _precision(precision),
-        _fp8(recipe.fp8),
+        _fp8(recipe),
         _platform(device, transformer_impl, gradient_accumulation_fusion),
     ):
         flags += _to_argv(group)
@@ -65,6 +65,9 @@ def _model(model: Model) -> Flags:
         "--num-layers": model.num_layers,
         "--hidden-size": model.hidden_size,
         "--ffn-hidden-size": model.ffn_hidden_size,
+        # xIELU has no flag: `mcore` puts it in place of upstream's default
+        "--swiglu": model.activation == "swiglu",
+        "--squared-relu": model.activation == "relu2",
         "--num-attention-heads": model.num_attention_heads,
         "--kv-channels": head_dim(model),
         "--group-query-attention": groups != model.num_attention_heads,
@@ -181,7 +184,8 @@ def _precision(precision: str) -> Flags:
     return {"--bf16": bf16, "--accumulate-allreduce-grads-in-fp32": bf16}
 
 
-def _fp8(fp8: FP8) -> Flags:
+def _fp8(recipe: Recipe) -> Flags:
+    fp8 = recipe.fp8
     if fp8.recipe == "off" or fp8.emulate:
         return {}
     flags: dict[str, str | int | float | bool | Path] = {
@@ -193,7 +197,7 @@ def _fp8(fp8: FP8) -> Flags:
         # slice by slice, each would be loaded with a scale of its own
         "--no-stream-ckpt-dequant": fp8.recipe == "tensorwise",
         # of a dense model it only chooses the MLP's class, for which our layers bring xIELU
-        "--use-transformer-engine-op-fuser": fp8.fused,
+        "--use-transformer-engine-op-fuser": fp8.fused and recipe.model.activation == "xielu",
     }
     if fp8.recipe == "delayed":
         # upstream's own defaults are the last amax alone, not TransformerEngine's

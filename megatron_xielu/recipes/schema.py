@@ -13,7 +13,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A decoder-only Llama: RMSNorm, RoPE, no biases, no dropout, non-gated MLP."""
+    """A decoder-only Llama: RMSNorm, RoPE, no biases, no dropout."""
 
     num_layers: int
     hidden_size: int
@@ -23,8 +23,10 @@ class Model:
     head_dim: int | None = None
     """None means hidden_size / num_attention_heads."""
     ffn_hidden_size: int
-    """Width of the non-gated MLP: 1.5 times a gated MLP's at equal parameters and FLOPs."""
-    activation: Literal["xielu"] = "xielu"
+    """Width of the MLP: that of xielu and relu2 is 1.5 times swiglu's at equal parameters and
+    FLOPs."""
+    activation: Literal["xielu", "swiglu", "relu2"] = "xielu"
+    """swiglu (gated) and relu2 (ReLU squared) are baselines, see docs/baselines.md."""
     seq_length: int
     vocab_size: int | None = None
     """Rows of the embedding; None means the data's tokenizer, rounded up to a multiple of 128."""
@@ -40,7 +42,8 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Xielu:
-    """The activation; alpha_*_init are the effective values after softplus."""
+    """The activation where model.activation is xielu; alpha_*_init are the effective values after
+    softplus."""
 
     alpha_p_init: float = 0.8
     alpha_n_init: float = 0.8

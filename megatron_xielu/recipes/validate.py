@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import fp8
 from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
 from megatron_xielu.recipes.nearest import divisors, indivisible, join, multiples
-from megatron_xielu.recipes.schema import Recipe
+from megatron_xielu.recipes.schema import Recipe, Xielu
 
 _AT_LEAST_ONE = (
     "model.num_layers",
@@ -266,6 +267,9 @@ def _checkpoint(recipe: Recipe) -> Iterator[str]:
 
 
 def _xielu(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.activation != "xielu":
+        yield from _without_xielu(recipe)
+        return
     # a_n = beta + softplus(alpha_n): no alpha_n gives beta or less
     alpha_n, beta = recipe.xielu.alpha_n_init, recipe.xielu.beta
     if 0 < alpha_n <= beta:
@@ -273,6 +277,20 @@ def _xielu(recipe: Recipe) -> Iterator[str]:
             f"xielu.alpha_n_init={alpha_n} must be greater than xielu.beta={beta}; "
             f"the paper's distance gives {beta + 0.3:g}"
         )
+
+
+def _without_xielu(recipe: Recipe) -> Iterator[str]:
+    baseline = f"model.activation={recipe.model.activation}"
+    for field in fields(Xielu):
+        if (value := getattr(recipe.xielu, field.name)) != field.default:
+            yield (
+                f"xielu.{field.name}={_yaml(value)} has no meaning with {baseline}; "
+                f"legal: {_yaml(field.default)}, or model.activation=xielu"
+            )
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _field(recipe: Recipe, path: str) -> Any:

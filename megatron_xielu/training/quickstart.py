@@ -12,12 +12,11 @@ from pathlib import Path
 from megatron_xielu.analysis.plot import plot_runs
 from megatron_xielu.checkpoint.generate import generate_text
 from megatron_xielu.checkpoint.reference import megatron_logits
-from megatron_xielu.checkpoint.run import open_run
+from megatron_xielu.checkpoint.run import open_recipe
 from megatron_xielu.checkpoint.to_hf import convert_to_hf
-from megatron_xielu.checkpoint.verify import VerifyError, VerifyReport, verify_export
+from megatron_xielu.checkpoint.verify import VerifyError, VerifyReport, verify
 from megatron_xielu.data.manifest import DatasetInfo
 from megatron_xielu.data.prepare import prepare
-from megatron_xielu.training import run_dir
 from megatron_xielu.training.pretrain import Request, pretrain
 from megatron_xielu.training.report import METRICS_FILE, read_metrics
 from megatron_xielu.training.resolve import Machine
@@ -37,14 +36,18 @@ def quickstart(folder: Path) -> int:
         info = prepare(data, vocab_size=VOCAB_SIZE)
     with clock("training"):
         code = pretrain(_request(data, run))
-    if code or run_dir.latest_step(run) < open_run(run).recipe.training.train_iters:
-        # failed, or stopped by the user; what happened has been said
+    if code:
+        # failed; what happened has been said
+        return code
+    saved, recipe = open_recipe(run)
+    if saved.iteration < recipe.training.train_iters:
+        # stopped by the user
         return code
     with clock("export"):
         convert_to_hf(run, hf)
     with clock("verification"):
         try:
-            report = verify_export(hf, run, reference_logits=megatron_logits(open_run(run)))
+            report = verify(hf, run, reference_logits=megatron_logits(saved))
         except VerifyError as error:
             print(f"error: the export is not the trained model: {error}", file=sys.stderr)
             return 1

@@ -22,6 +22,11 @@ GQA = Model(
 )
 # four heads of 24 channels: head_dim times heads is not the hidden size
 MHA_TIED = replace(GQA, num_query_groups=None, head_dim=24, tie_embeddings=True)
+QK_NORM = replace(GQA, qk_layernorm=True)
+SWIGLU = replace(GQA, activation="swiglu")
+# a context beyond which Llama 3's scaling matters, with wavelengths on both sides of its limits
+SCALED = ["--use-rope-scaling", "--rope-scaling-factor", "4"]
+HYBRID = ["--hybrid-layer-pattern", "*-*-*-*-"]
 TP2 = Parallel(tensor_model_parallel_size=2)
 PP2 = Parallel(pipeline_model_parallel_size=2)
 
@@ -31,7 +36,24 @@ LAYOUTS: dict[str, tuple[Model, Parallel, dict[str, Any]]] = {
     "bf16": (GQA, Parallel(), {"precision": "bf16"}),
     "gqa-tp2": (GQA, TP2, {}),
     "mha-tied-pp2": (MHA_TIED, PP2, {}),
+    "apertus": (QK_NORM, Parallel(), {}),
+    "apertus-tied-tp2": (replace(MHA_TIED, qk_layernorm=True), TP2, {}),
+    "apertus-scaled": (QK_NORM, Parallel(), {"flags": SCALED, "plain": True}),
+    "llama": (SWIGLU, Parallel(), {}),
+    "llama-tp2": (SWIGLU, TP2, {}),
+    "qwen3": (replace(SWIGLU, qk_layernorm=True, head_dim=24), Parallel(), {}),
+    "relu2": (replace(GQA, activation="relu2"), Parallel(), {"per_layer_keys": True}),
+    "plain": (GQA, Parallel(), {"plain": True}),
+    "hybrid": (GQA, Parallel(), {"flags": HYBRID, "plain": True}),
+    "hybrid-tp2": (GQA, TP2, {"flags": HYBRID, "plain": True}),
 }
+TARGETS = {"apertus": "apertus", "llama": "llama", "qwen3": "qwen3"}
+"""What layouts become, by the first word of their names; the rest becomes Arcee."""
+
+
+def target_of(name: str) -> str:
+    """The class that a layout's export must get."""
+    return TARGETS.get(name.partition("-")[0], "arcee")
 
 
 def recipe_of(name: str) -> Recipe:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class Job:
     precision: str = "fp32"
     per_layer_keys: bool = False
     """Store `decoder.layers.{i}.` keys instead of one stacked tensor."""
+    flags: list[str] = field(default_factory=list)
+    """For Megatron, behind those of the recipe."""
+    plain: bool = False
+    """Leave no recipe.yaml, as plain Megatron."""
 
 
 def weight_of(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -50,7 +54,7 @@ def weight_of(key: str, shape: tuple[int, ...]) -> Tensor:
     return noise * (0.5 if "embedding" in key else 1 / math.sqrt(shape[-1]))
 
 
-def parse(run_dir: Path, recipe: Any, precision: str) -> Any:
+def parse(run_dir: Path, recipe: Any, precision: str, more: list[str]) -> Any:
     """Megatron's arguments for this recipe, as a training run would save them."""
     from megatron.training.arguments import parse_args, validate_args
 
@@ -64,7 +68,7 @@ def parse(run_dir: Path, recipe: Any, precision: str) -> Any:
         precision=precision,  # type: ignore[arg-type]
         transformer_impl="local",
     )
-    sys.argv = [sys.argv[0], *flags, "--mock-data"]
+    sys.argv = [sys.argv[0], *flags, *more, "--mock-data"]
     args = parse_args()
     validate_args(args)
     return args
@@ -74,39 +78,72 @@ def build_model(args: Any) -> torch.nn.Module:
     """This rank's part of the model that the arguments describe, in the project's own layers."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import default_layer_spec
 
-    from megatron_xielu.mcore.layer_specs import xielu_layer_spec
+    from megatron_xielu.mcore.hybrid import finish_norms, xielu_hybrid_spec
+    from megatron_xielu.mcore.layer_specs import use_torch_kernels, xielu_layer_spec
+    from megatron_xielu.mcore.norm import RMSNorm
 
     config = gpt_config_from_args(args)
-    config.transformer.use_cpu_initialization = True
+    transformer = config.transformer
+    transformer.use_cpu_initialization = True
+    common: dict[str, Any] = {
+        "config": transformer,
+        "vocab_size": args.padded_vocab_size,
+        "max_sequence_length": args.seq_length,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
+        "position_embedding_type": "rope",
+        "rotary_base": args.rotary_base,
+        "parallel_output": False,
+    }
+    if args.hybrid_layer_pattern is not None:
+        model = HybridModel(
+            hybrid_stack_spec=xielu_hybrid_spec(transformer),
+            hybrid_layer_pattern=args.hybrid_layer_pattern,
+            **common,
+        )
+        finish_norms([model])
+        return model
+    if args.swiglu or args.squared_relu:
+        layer = default_layer_spec(config, None)
+        use_torch_kernels(layer.submodules, transformer)
+        spec = TransformerBlockSubmodules([layer] * transformer.num_layers, layer_norm=RMSNorm)
+    else:
+        spec = xielu_layer_spec(config)
     return GPTModel(
-        config=config.transformer,
-        transformer_layer_spec=xielu_layer_spec(config),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=args.rotary_base,
-        parallel_output=False,
+        transformer_layer_spec=spec,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        **common,
     )
 
 
-def fill(sharded: dict[str, Any], num_layers: int) -> None:
+def fill(sharded: dict[str, Any], args: Any) -> None:
     """Put this rank's slice of `weight_of` into every tensor of a sharded state dict."""
     from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
+    # in a hybrid model attention and MLP are layers of their own
+    per_layer = 1 if args.hybrid_layer_pattern is None else 2
+    entries = list(sharded.values())
     for entry in sharded.values():
+        if isinstance(entry, ShardedTensorFactory):
+            # gate and up, each cut by itself, as views of what the model holds
+            entries += entry.build()
+    for entry in entries:
         if not isinstance(entry, ShardedTensor):
             continue
         layer, key, shape = None, entry.key, tuple(entry.global_shape)
-        parts = key.split(".")
+        parts = key.replace("final_norm.", "final_layernorm.").split(".")
         if parts[1] == "layers" and parts[2].isdigit():
-            layer, key = int(parts.pop(2)), ".".join(parts)
-            shape = (num_layers, *shape)
-        whole = weight_of(key, shape)
+            layer = int(parts.pop(2)) // per_layer
+            shape = (args.num_layers // per_layer, *shape)
+        whole = weight_of(".".join(parts), shape)
         whole = whole if layer is None else whole[layer]
         local = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
         box = tuple(
@@ -137,14 +174,14 @@ def run(job: Job) -> None:
 
     run_dir = Path(job.run_dir)
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
-    args = parse(run_dir, recipe, job.precision)
+    args = parse(run_dir, recipe, job.precision, job.flags)
     sizes = (args.pipeline_model_parallel_size, args.tensor_model_parallel_size)
     parallel_state.initialize_model_parallel(sizes[1], sizes[0])
     model_parallel_cuda_manual_seed(1)
     model = build_model(args)
     model = model.bfloat16() if args.bf16 else model
     sharded = model.sharded_state_dict(metadata={"non_homogeneous_layers": job.per_layer_keys})
-    fill(sharded, args.num_layers)
+    fill(sharded, args)
     if torch.distributed.get_world_size() == 1:
         torch.save(logits_of(model), run_dir / "logits.pt")
     coordinates = (
@@ -164,6 +201,9 @@ def run(job: Job) -> None:
     }
     dist_checkpointing.save(state, str(step))
     (step.parent / "latest_checkpointed_iteration.txt").write_text("200")
+    torch.distributed.barrier()
+    if job.plain:
+        (run_dir / "recipe.yaml").unlink(missing_ok=True)
     parallel_state.destroy_model_parallel()
 
 

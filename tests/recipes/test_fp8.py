@@ -217,6 +217,16 @@ RULES = [
         "computes FP8; legal: transformer_engine, auto, or fp8.recipe=off",
     ),
     (
+        ["fp8.recipe=tensorwise", "model.activation=relu2", "fp8.fc2_input=bf16"],
+        "fp8.fc2_input=bf16 cannot go with model.activation=relu2: TransformerEngine's own modules "
+        "quantize every input; legal: fp8, or model.activation=xielu",
+    ),
+    (
+        ["fp8.recipe=tensorwise", "model.activation=swiglu", "fp8.on_outlier=stop"],
+        "fp8.on_outlier=stop cannot go with model.activation=swiglu: only xIELU is watched; "
+        "legal: warn, or model.activation=xielu",
+    ),
+    (
         ["fp8.recipe=tensorwise", "fp8.fc2_input=bf16", "fp8.fused=false"],
         "fp8.fc2_input=bf16 cannot go with fp8.fused=false: TransformerEngine's own modules "
         "quantize every input; legal: fused=true, or fc2_input=fp8",

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_xielu.recipes import Recipe, load_recipe, megatron_args, preset_names
 
@@ -188,6 +189,31 @@ def test_megatron_builds_the_intended_model(
     assert transformer.bf16 is (precision == "bf16")
     assert transformer.embedding_init_method_std == transformer.init_method_std == 0.025
     assert args.accumulate_allreduce_grads_in_fp32 is (precision == "bf16")
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("platform", [{}, GPU], ids=["cpu", "gpu"])
+def test_baselines_are_megatrons_own_activations(
+    parser: argparse.ArgumentParser, activation: str, platform: dict[str, Any]
+) -> None:
+    from megatron.core.activations import squared_relu
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import validate_args
+
+    one_rank = "parallel.tensor_model_parallel_size=1"
+    recipe = _recipe("tiny", f"model.activation={activation}", one_rank)
+    args = parser.parse_args(_argv(recipe, **platform))
+    # a kernel of TransformerEngine's, which need not be installed here
+    args.apply_rope_fusion = False
+    args.rank, args.world_size = 0, 1
+    transformer = gpt_config_from_args(validate_args(args)).transformer
+    silu = torch.nn.functional.silu
+    expected = (silu, True, True) if activation == "swiglu" else (squared_relu, False, False)
+    assert expected == (
+        transformer.activation_func,
+        transformer.gated_linear_unit,
+        transformer.bias_activation_fusion,
+    )
 
 
 def test_schedule_is_the_papers() -> None:

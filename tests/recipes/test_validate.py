@@ -160,6 +160,18 @@ RULES = [
         "xielu.alpha_n_init=0.5 must be greater than xielu.beta=0.5; "
         "the paper's distance gives 0.8",
     ),
+    (
+        ["model.activation=swiglu", "xielu.recompute=true"],
+        2,
+        "xielu.recompute=true has no meaning with model.activation=swiglu; "
+        "legal: false, or model.activation=xielu",
+    ),
+    (
+        ["model.activation=relu2", "xielu.alpha_n_init=0.4"],
+        2,
+        "xielu.alpha_n_init=0.4 has no meaning with model.activation=relu2; "
+        "legal: 0.8, or model.activation=xielu",
+    ),
     (["xielu.alpha_p_init=0"], 2, "xielu.alpha_p_init=0.0 must be greater than 0"),
     (["xielu.beta=-1"], 2, "xielu.beta=-1.0 must be greater than 0"),
     (

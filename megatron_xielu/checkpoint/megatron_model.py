@@ -1,0 +1,188 @@
+"""A Megatron checkpoint: its tensors by Hugging Face's names, and the logits that follow from them.
+
+The model is written out here from Megatron's conventions, without the table's `split`: what the
+table gets wrong shows as other logits. It needs no Megatron and holds one layer at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_xielu.checkpoint.architecture import (
+    HIGH_FREQ_FACTOR,
+    LOW_FREQ_FACTOR,
+    ORIGINAL_MAX_POSITION_EMBEDDINGS,
+    Architecture,
+)
+from megatron_xielu.checkpoint.mapping import (
+    XIELU_CONSTANTS,
+    Placement,
+    hf_shapes,
+    locate,
+    read_weight,
+)
+from megatron_xielu.checkpoint.run import architecture_of, open_run
+from megatron_xielu.checkpoint.safetensors_file import TensorSpec
+from megatron_xielu.checkpoint.targets import Target, choose_target
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+
+Round = Callable[[str, Tensor], Tensor]
+"""A tensor by Hugging Face's name of it, or of its first part, to what is computed with."""
+
+
+class MegatronCheckpoint:
+    """One saved step.
+
+    Args:
+        path: a run, checkpoints or iter_ folder; see `open_run`.
+        target: whose names its tensors get; None means the class that fits.
+        vocab_size: rows without padding; None means what the recipe or the arguments say.
+        given: Megatron's arguments that the checkpoint lacks.
+
+    Raises:
+        UserError: it cannot be read, or no class of transformers holds it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        target: Target | None = None,
+        vocab_size: int | None = None,
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
+        run = open_run(path)
+        self.path = run.path
+        self.reader = TorchDistReader(run.path)
+        self.arch = architecture_of(run, self.reader, vocab_size=vocab_size, given=given)
+        self.target = target or choose_target(self.arch)
+        self.tied = self.arch.tie_embeddings
+        # layers of multi-token prediction have no part in these logits, and no place in an export
+        self._placements = locate(self.reader, self.arch, drop_mtp=True)
+        self._by_name: dict[str, Placement] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for placement in self._placements:
+            dtype = self.reader.dtype(placement.key)
+            for name, shape in hf_shapes(placement, self.arch, self.target).items():
+                self._by_name[name] = placement
+                self.specs[name] = TensorSpec(dtype, shape)
+        if self.arch.activation == "xielu":
+            for pattern in XIELU_CONSTANTS:
+                for layer in range(self.arch.num_layers):
+                    self.specs[pattern.format(i=layer)] = TensorSpec(torch.float32, ())
+        self._last: tuple[Placement | None, dict[str, Tensor]] = (None, {})
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its Hugging Face name, in its stored type."""
+        placement = self._by_name.get(name)
+        if placement is None:
+            pattern = name.replace(name.split(".")[2], "{i}", 1)
+            return torch.tensor(XIELU_CONSTANTS[pattern], dtype=torch.float32)
+        # queries, keys and values are stored as one
+        if self._last[0] is not placement:
+            weight = read_weight(self.reader, placement, self.arch)
+            parts = placement.entry.split(weight, self.arch)
+            self._last = placement, dict(zip(placement.hf_names(self.target), parts, strict=True))
+        return self._last[1][name]
+
+    def logits(self, prompts: Sequence[Sequence[int]], rounded: Round) -> list[Tensor]:
+        """fp32 logits (tokens, vocabulary) of each prompt.
+
+        Args:
+            rounded: applied to every weight as Megatron stores it.
+        """
+        layers: list[dict[str, Placement]] = [{} for _ in range(self.arch.num_layers)]
+        others: dict[str, Placement] = {}
+        for placement in self._placements:
+            group = others if placement.layer is None else layers[placement.layer]
+            group[placement.entry.megatron[0].removeprefix("decoder.layers.{i}.")] = placement
+
+        def weight(group: Mapping[str, Placement], name: str) -> Tensor:
+            placement = group[name]
+            stored = read_weight(self.reader, placement, self.arch)
+            return rounded(placement.hf_names(self.target)[0], stored).float()
+
+        with torch.inference_mode():
+            embedding = weight(others, "embedding.word_embeddings.weight")
+            states = [embedding[torch.tensor(list(prompt))] for prompt in prompts]
+            if not self.tied:
+                del embedding
+            for placements in layers:
+                weights = {name: weight(placements, name) for name in placements}
+                states = [_layer(state, weights, self.arch) for state in states]
+            norm = weight(others, "decoder.final_layernorm.weight")
+            head = embedding if self.tied else weight(others, "output_layer.weight")
+            return [_rms(state, norm, self.arch) @ head.T for state in states]
+
+
+def _layer(x: Tensor, weights: Mapping[str, Tensor], arch: Architecture) -> Tensor:
+    """One pair of attention and MLP; x: (tokens, hidden)."""
+    normed = _rms(x, weights["self_attention.linear_qkv.layer_norm_weight"], arch)
+    x = x + _attention(normed, weights, arch)
+    normed = _rms(x, weights["mlp.linear_fc1.layer_norm_weight"], arch)
+    hidden = normed @ weights["mlp.linear_fc1.weight"].T
+    return x + _activation(hidden, weights, arch) @ weights["mlp.linear_fc2.weight"].T
+
+
+def _attention(x: Tensor, weights: Mapping[str, Tensor], arch: Architecture) -> Tensor:
+    groups, size, tokens = arch.num_query_groups, arch.head_dim, len(x)
+    queries = arch.num_attention_heads // groups
+    # of every group its queries, then its key, then its value
+    mixed = x @ weights["self_attention.linear_qkv.weight"].T
+    mixed = mixed.view(tokens, groups, queries + 2, size).permute(1, 2, 0, 3)
+    q, k, v = mixed[:, :-2], mixed[:, -2:-1], mixed[:, -1:]
+    if arch.qk_layernorm:
+        q = _rms(q, weights["self_attention.q_layernorm.weight"], arch)
+        k = _rms(k, weights["self_attention.k_layernorm.weight"], arch)
+    scores = _rotate(q, arch) @ _rotate(k, arch).mT / math.sqrt(size)
+    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    mean = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    joined = mean.permute(2, 0, 1, 3).reshape(tokens, -1)
+    return joined @ weights["self_attention.linear_proj.weight"].T
+
+
+def _activation(x: Tensor, weights: Mapping[str, Tensor], arch: Architecture) -> Tensor:
+    if arch.activation == "swiglu":
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    if arch.activation == "relu2":
+        return x.relu().square()
+    alpha_p = F.softplus(weights["mlp.activation_func.alpha_p"])
+    alpha_n = arch.beta + F.softplus(weights["mlp.activation_func.alpha_n"])
+    negative = alpha_n * (torch.expm1(x.clamp(max=0)) - x)
+    return torch.where(x > 0, alpha_p * x.square(), negative) + arch.beta * x
+
+
+def _rms(x: Tensor, weight: Tensor, arch: Architecture) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, arch.norm_epsilon)
+
+
+def _rotate(x: Tensor, arch: Architecture) -> Tensor:
+    """RoPE on (..., tokens, channels), whose two halves are the pairs."""
+    angle = torch.arange(x.shape[-2]).double()[:, None] * rope_frequencies(arch)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rope_frequencies(arch: Architecture) -> Tensor:
+    """Radians per token, float64 (head_dim / 2,); with Llama 3's scaling as Megatron computes it.
+
+    Wavelengths above the first limit are stretched by the factor, those below the second are kept,
+    those between are interpolated.
+    """
+    channels = torch.arange(0, arch.head_dim, 2, dtype=torch.float64)
+    frequencies = arch.rope_theta ** (-channels / arch.head_dim)
+    if arch.rope_scaling_factor is None:
+        return frequencies
+    turns = ORIGINAL_MAX_POSITION_EMBEDDINGS * frequencies / (2 * math.pi)
+    kept = (turns - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / arch.rope_scaling_factor)
