@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_xielu.checkpoint.hf_model import load_config, read_tensors, tensor_files
+from megatron_xielu.checkpoint.hf_model import HfFolder
+from megatron_xielu.checkpoint.mapping import LM_HEAD
+from megatron_xielu.checkpoint.verify import VerifyError, check_keys
 from megatron_xielu.errors import UserError
 from megatron_xielu.folders import new_file
 
@@ -28,10 +30,7 @@ if TYPE_CHECKING:
 
 GgufType = Literal["f32", "bf16", "q8_0"]
 _EMBEDDING = "model.embed_tokens.weight"
-_LM_HEAD = "lm_head.weight"
 _ROPE_FREQS = "rope_freqs.weight"
-_XIELU = ("alpha_p", "alpha_n", "beta", "eps")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,6 @@ class _Apertus:
     vocab: int
     context: int
     epsilon: float
-    tied: bool
     rope_theta: float
     rope_factors: list[float] | None
     """What llama3 scaling divides each of the head_dim / 2 frequencies by."""
@@ -92,19 +90,22 @@ def convert_to_gguf(
     hf_dir, out = Path(hf_dir), Path(out)
     if out.exists():
         raise UserError(f"{out} exists. Choose another name, or move that one away.")
-    model = _read_config(hf_dir)
-    shapes = _shapes(model)
-    files = _check_tensors(hf_dir, model, shapes)
-    chosen = dtype or _type_of(files, shapes)
+    folder = HfFolder(hf_dir)
+    model = _read_config(folder)
+    try:
+        check_keys(folder)
+    except VerifyError as error:
+        raise UserError(f"config.json and tensors disagree: {error}") from error
+    chosen = dtype or _type_of(folder)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.APERTUS])
     _add_model(writer, hf_dir, model, chosen)
-    _add_alphas(writer, files, model)
+    _add_alphas(writer, folder, model)
     kind = None
     if tokenizer:
         kind = _add_tokenizer(writer, hf_dir, model.vocab)
     else:
         writer.add_tokenizer_model("no_vocab")
-    plan = _add_tensors(writer, model, shapes, chosen)
+    plan = _add_tensors(writer, folder, model, chosen)
     num_bytes = sum(tensor.nbytes for tensor in writer.tensors[0].values())
     progress(f"{hf_dir}: {len(plan)} tensors, {num_bytes / 1e9:.3g} GB as {chosen}")
     with _written(out) as partial:
@@ -112,23 +113,22 @@ def convert_to_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, raw in plan.items():
-            writer.write_tensor_data(_encode(_read(files, name, model), raw))
+            writer.write_tensor_data(_encode(_read(folder, name, model), raw))
         writer.close()
     progress(f"wrote {out}: {kind or 'no'} tokenizer")
     return GgufFile(out, chosen, len(plan), num_bytes, kind)
 
 
-def _read_config(hf_dir: Path) -> _Apertus:
-    config = load_config(hf_dir)
-    architecture, *_ = config.get("architectures") or [config.get("model_type")]
-    if architecture != "ApertusForCausalLM":
-        why = "llama.cpp has xIELU in Apertus alone"
-        if architecture == "ArceeForCausalLM":
-            why = "llama.cpp's Arcee has ReLU² built in and no xIELU, which only its Apertus has"
-        raise UserError(
-            f"{hf_dir} is of {architecture}: {why}. A model that is to run there needs QK-norm "
-            f"(model.qk_layernorm: true in its recipe), with which it exports as Apertus."
-        )
+def _read_config(folder: HfFolder) -> _Apertus:
+    hf_dir, config = folder.path, folder.config
+    if folder.target.name != "apertus":
+        why = "Only Apertus is written here; llama.cpp's own converter has this class."
+        if config.get("hidden_act") == "xielu":
+            why = (
+                "llama.cpp computes xIELU in its Apertus alone, which has QK-norm. Train with "
+                "model.qk_layernorm=true to get there."
+            )
+        raise UserError(f"{hf_dir} is of the class {folder.target.class_name}. {why}")
     expected = {
         "hidden_act": "xielu",
         "attention_bias": False,
@@ -159,7 +159,6 @@ def _read_config(hf_dir: Path) -> _Apertus:
             vocab=config["vocab_size"],
             context=config["max_position_embeddings"],
             epsilon=config["rms_norm_eps"],
-            tied=config["tie_word_embeddings"],
             rope_theta=theta,
             rope_factors=factors,
         )
@@ -172,7 +171,10 @@ def _read_config(hf_dir: Path) -> _Apertus:
 
 def _rope(hf_dir: Path, config: dict[str, Any], head_dim: int) -> tuple[float, list[float] | None]:
     """Base and factors; transformers 5 keeps both in rope_parameters, transformers 4 apart."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = config.get("rope_parameters")
+    if scaling is None:
+        # null means none; without the key transformers scales as Llama 3.1 does
+        scaling = config["rope_scaling"] or {}
     theta = scaling["rope_theta"] if "rope_theta" in scaling else config["rope_theta"]
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -205,77 +207,9 @@ def llama3_factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> list
     return factors
 
 
-def _shapes(model: _Apertus) -> dict[str, tuple[int, ...]]:
-    """Every tensor that is written, by its name in Hugging Face's folder."""
-    queries, keys = model.heads * model.head_dim, model.groups * model.head_dim
-    layer = {
-        "attention_layernorm": (model.hidden,),
-        "self_attn.q_proj": (queries, model.hidden),
-        "self_attn.k_proj": (keys, model.hidden),
-        "self_attn.v_proj": (keys, model.hidden),
-        "self_attn.o_proj": (model.hidden, queries),
-        "self_attn.q_norm": (model.head_dim,),
-        "self_attn.k_norm": (model.head_dim,),
-        "feedforward_layernorm": (model.hidden,),
-        "mlp.up_proj": (model.ffn, model.hidden),
-        "mlp.down_proj": (model.hidden, model.ffn),
-    }
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (model.vocab, model.hidden)}
-    for i in range(model.layers):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    # tied embeddings are written twice, because llama.cpp's Apertus demands an output matrix
-    return shapes | {
-        "model.norm.weight": (model.hidden,),
-        _LM_HEAD: (model.vocab, model.hidden),
-    }
-
-
-def _xielu_names(model: _Apertus, kind: str) -> list[str]:
-    return [f"model.layers.{i}.mlp.act_fn.{kind}" for i in range(model.layers)]
-
-
-def _check_tensors(
-    hf_dir: Path, model: _Apertus, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, Path]:
-    """The file of every tensor; raises UserError unless all are there, no other, in their shape."""
-    from safetensors import safe_open
-
-    files = tensor_files(hf_dir)
-    expected: dict[str, tuple[int, ...] | None] = dict(shapes)
-    for kind in _XIELU:
-        # a number, as a vector of one or without a dimension
-        expected |= dict.fromkeys(_xielu_names(model, kind))
-    if model.tied:
-        # harmless where it is there: nobody reads it
-        files.pop(_LM_HEAD, None)
-        del expected[_LM_HEAD]
-    differing = [f"{name} is missing" for name in expected.keys() - files.keys()]
-    differing += [f"{name} is left over" for name in files.keys() - expected.keys()]
-    for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
-            for name in expected.keys() & set(file.keys()):
-                found = tuple(file.get_slice(name).get_shape())
-                shape = expected[name]
-                if found != shape if shape is not None else math.prod(found) != 1:
-                    differing.append(f"{name} has shape {found} instead of {shape or (1,)}")
-    if differing:
-        shown = sorted(differing)[:5]
-        more = f"\n  and {len(differing) - 5} more" * (len(differing) > 5)
-        raise UserError(
-            f"config.json and the tensors of {hf_dir} disagree:\n  " + "\n  ".join(shown) + more
-        )
-    return files
-
-
-def _type_of(files: dict[str, Path], shapes: dict[str, tuple[int, ...]]) -> GgufType:
-    from safetensors import safe_open
-
-    matrices = {name for name, shape in shapes.items() if len(shape) == 2}
-    stored = set()
-    for path in set(files.values()):
-        with safe_open(path, framework="pt") as file:
-            stored |= {file.get_slice(n).get_dtype() for n in matrices & set(file.keys())}
-    return "bf16" if stored == {"BF16"} else "f32"
+def _type_of(folder: HfFolder) -> GgufType:
+    stored = {spec.dtype for spec in folder.specs.values() if len(spec.shape) == 2}
+    return "bf16" if stored == {torch.bfloat16} else "f32"
 
 
 def _add_model(writer: GGUFWriter, hf_dir: Path, model: _Apertus, dtype: GgufType) -> None:
@@ -303,11 +237,10 @@ def _add_model(writer: GGUFWriter, hf_dir: Path, model: _Apertus, dtype: GgufTyp
     writer.add_vocab_size(model.vocab)
 
 
-def _add_alphas(writer: GGUFWriter, files: dict[str, Path], model: _Apertus) -> None:
-    for kind in _XIELU:
-        tensors = read_tensors(files, _xielu_names(model, kind))
-        values = [float(tensor) for tensor in tensors]
-        getattr(writer, f"add_xielu_{kind}")(values)
+def _add_alphas(writer: GGUFWriter, folder: HfFolder, model: _Apertus) -> None:
+    for kind in ("alpha_p", "alpha_n", "beta", "eps"):
+        names = [f"model.layers.{i}.mlp.act_fn.{kind}" for i in range(model.layers)]
+        getattr(writer, f"add_xielu_{kind}")([folder.read(name).item() for name in names])
 
 
 def _add_tokenizer(writer: GGUFWriter, hf_dir: Path, vocab_size: int) -> str:
@@ -334,16 +267,19 @@ def _add_tokenizer(writer: GGUFWriter, hf_dir: Path, vocab_size: int) -> str:
 
 
 def _add_tensors(
-    writer: GGUFWriter, model: _Apertus, shapes: dict[str, tuple[int, ...]], dtype: GgufType
+    writer: GGUFWriter, folder: HfFolder, model: _Apertus, dtype: GgufType
 ) -> dict[str, GGMLQuantizationType]:
     """Announces every tensor; returns their types in the order in which they must be written."""
     import gguf
     import numpy as np
 
+    shapes = {name: spec.shape for name, spec in folder.specs.items() if ".act_fn." not in name}
+    # where embeddings are tied they are written twice: llama.cpp's Apertus demands an output matrix
+    shapes[LM_HEAD] = shapes[_EMBEDDING]
+    if model.rope_factors is not None:
+        shapes[_ROPE_FREQS] = (len(model.rope_factors),)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.APERTUS, model.layers)
     plan: dict[str, GGMLQuantizationType] = {}
-    if model.rope_factors is not None:
-        shapes = shapes | {_ROPE_FREQS: (model.head_dim // 2,)}
     for name, shape in shapes.items():
         raw = gguf.GGMLQuantizationType.F32
         if len(shape) == 2:
@@ -361,15 +297,10 @@ def _add_tensors(
     return plan
 
 
-def _read(files: dict[str, Path], name: str, model: _Apertus) -> Tensor:
+def _read(folder: HfFolder, name: str, model: _Apertus) -> Tensor:
     if name == _ROPE_FREQS:
         return torch.tensor(model.rope_factors, dtype=torch.float32)
-    if name == _LM_HEAD and model.tied:
-        name = _EMBEDDING
-    (tensor,) = read_tensors(files, [name])
-    if tensor.dtype not in _FLOATS:
-        raise UserError(f"{name} is stored in {tensor.dtype}; fp32, bf16 and fp16 can be read.")
-    return tensor
+    return folder.read(_EMBEDDING if name == LM_HEAD and folder.tied else name)
 
 
 def _encode(tensor: Tensor, raw: GGMLQuantizationType) -> np.ndarray[Any, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ WRITE_CHECKPOINT = Path(__file__).parents[1] / "checkpoint"
 # these tests read what the checkpoint tests write
 sys.path.append(str(WRITE_CHECKPOINT))
 NEW_TOKENS = 24
+ARCEE, APERTUS, TIED = "Arcee", "Apertus", "Apertus (tied, llama3 rope)"
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,31 @@ def sentencepiece_folder(folder: Path, **options: Any) -> Path:
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Export]:
     """The exports by architecture, from checkpoints of true Megatron models; not to be changed."""
-    from checkpoint_layouts import recipe_of
+    from checkpoint_layouts import SCALED, recipe_of
     from write_checkpoint import PROMPTS, Job
 
     root = tmp_path_factory.mktemp("exports")
-    recipe = recipe_of("gqa")
-    recipe = replace(recipe, model=replace(recipe.model, seq_length=64))
-    recipes = {"arcee": recipe}
-    for name, each in recipes.items():
-        (root / name).mkdir()
-        (root / name / "recipe.yaml").write_text(to_yaml(each))
-    jobs = [asdict(Job(run_dir=str(root / name))) for name in recipes]
+    models = {
+        ARCEE: ({}, []),
+        APERTUS: ({"qk_layernorm": True}, []),
+        TIED: ({"qk_layernorm": True, "tie_embeddings": True}, SCALED),
+    }
+    jobs = []
+    for index, (changes, flags) in enumerate(models.values()):
+        recipe = recipe_of("gqa")
+        recipe = replace(recipe, model=replace(recipe.model, seq_length=64, **changes))
+        run = root / f"run{index}"
+        run.mkdir()
+        (run / "recipe.yaml").write_text(to_yaml(recipe))
+        # a recipe knows no scaling of rope, Megatron's saved arguments do
+        jobs.append(asdict(Job(run_dir=str(run), flags=flags, plain=bool(flags))))
     (root / "jobs.json").write_text(json.dumps(jobs))
     run_ranks(WRITE_CHECKPOINT / "write_checkpoint.py", [str(root / "jobs.json")], 1)
     found = {}
-    for name in recipes:
-        folder = root / f"{name}-hf"
-        convert_to_hf(root / name, folder, tokenizer=tokenizer, progress=lambda line: None)
-        logits = [each[:, :384] for each in torch.load(root / name / "logits.pt")]
+    for index, name in enumerate(models):
+        run, folder = root / f"run{index}", root / f"hf{index}"
+        convert_to_hf(run, folder, tokenizer=tokenizer, progress=lambda line: None)
+        logits = [each[:, :384] for each in torch.load(run / "logits.pt")]
         found[name] = Export(name, folder, PROMPTS, logits, greedy(folder, PROMPTS))
     return found
 
@@ -126,17 +133,9 @@ def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
             for _ in range(NEW_TOKENS):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         found.append(ids[len(prompt) :])
+    # no client may stop early
+    assert not any(model.config.eos_token_id in ids for ids in found)
     return found
-
-
-@pytest.fixture
-def damaged(tmp_path: Path) -> Iterator[Any]:
-    """Copies an export, to damage it."""
-
-    def copy(export: Export) -> Path:
-        return Path(shutil.copytree(export.folder, tmp_path / "damaged"))
-
-    return copy
 
 
 @pytest.fixture(scope="session")

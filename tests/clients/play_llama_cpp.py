@@ -60,9 +60,7 @@ answer = {
         [log_probabilities(prompt[: end + 1]) for end in range(len(prompt))]
         for prompt in job.get("prompts", [])
     ],
-    "greedy": [
-        complete(prompt, job["new_tokens"])["tokens"] for prompt in job.get("prompts", [])
-    ],
+    "greedy": [complete(prompt, job["new_tokens"])["tokens"] for prompt in job.get("prompts", [])],
     "ids": [
         post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
         for text in job.get("texts", [])
