@@ -76,7 +76,8 @@ def read_tokenizer(hf_dir: Path, vocab_size: int) -> GgufTokenizer:
         )
     try:
         loaded = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
-    except (OSError, ValueError) as error:
+    # the tokenizers library raises plain Exception
+    except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the tokenizer of {hf_dir} cannot be loaded: {reason}") from error
     roles = {role: getattr(loaded, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")}
@@ -117,14 +118,16 @@ def _sentencepiece(
     if trainer.model_type != trainer.BPE:
         kind = trainer.ModelType.Name(trainer.model_type)
         wrong.append(f"model_type is {kind}, and llama.cpp merges as BPE does")
+    if not trainer.byte_fallback:
+        wrong.append("it has no bytes, without which llama.cpp fails on an unknown character")
     if normalizer.precompiled_charsmap:
         wrong.append(f"the text is normalized ({normalizer.name}), which llama.cpp does not do")
     if normalizer.remove_extra_whitespaces:
         wrong.append("extra spaces are removed, which llama.cpp does not do")
     if wrong:
         raise UserError(
-            f"llama.cpp would give other ids than {path}: {'; '.join(wrong)}. Train with "
-            f"--model_type=bpe --normalization_rule_name=identity "
+            f"llama.cpp would not do as {path}: {'; '.join(wrong)}. Train with --model_type=bpe "
+            f"--byte_fallback=true --normalization_rule_name=identity "
             f"--remove_extra_whitespaces=false, or use --no-tokenizer."
         )
     tokens, types = _rows(

@@ -200,7 +200,7 @@ def refuse(folder: Path, match: str, **options: Any) -> None:
     ("changes", "match"),
     [
         ({"model_type": "arcee"}, r"class ArceeForCausalLM. llama.cpp computes xIELU in its Ap"),
-        ({"model_type": "llama", "hidden_act": "silu"}, r"llama.cpp's own converter has the oth"),
+        ({"model_type": "llama", "hidden_act": "silu"}, r"llama.cpp's own converter has this cl"),
         ({"model_type": "gpt2"}, r"holds a model of type 'gpt2'; known are arcee, apertus"),
         ({"hidden_act": "silu", "mlp_bias": True}, r"hidden_act is 'silu' in.*; mlp_bias is True"),
         ({"rope_parameters": None}, r"lacks 'rope_scaling', whose default depends on who reads i"),

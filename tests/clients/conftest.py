@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import pytest
 import torch
@@ -56,28 +55,23 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SentencePiece BPE of 384 ids without bytes, so that every token is text of its own."""
-    return sentencepiece_folder(tmp_path_factory.mktemp("tokenizer"), byte_fallback=False)
-
-
-def sentencepiece_folder(folder: Path, **options: Any) -> Path:
-    """Trains 384 ids on English and writes tokenizer.model and tokenizer.json."""
+    """SentencePiece BPE of 384 ids, trained on English, as tokenizer.model and tokenizer.json."""
     import sentencepiece
     from transformers import AutoTokenizer
 
+    folder = tmp_path_factory.mktemp("tokenizer")
     model = io.BytesIO()
     lines = (line for text in list(topics.values())[:30] for line in text.splitlines())
     sentencepiece.SentencePieceTrainer.train(
-        **{
-            "sentence_iterator": lines,
-            "model_writer": model,
-            "vocab_size": 384,
-            "model_type": "bpe",
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "minloglevel": 2,
-        }
-        | options
+        sentence_iterator=lines,
+        model_writer=model,
+        vocab_size=384,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     config = {
@@ -86,7 +80,6 @@ def sentencepiece_folder(folder: Path, **options: Any) -> Path:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
-        "legacy": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)

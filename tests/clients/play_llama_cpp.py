@@ -35,21 +35,27 @@ def post(path: str, **body: object) -> dict:
         return json.load(reply)
 
 
-def complete(prompt: list[int], count: int, probabilities: int = 0) -> dict:
+def complete(prompt: list[int], count: int, **more: object) -> dict:
     return post(
         "/completion",
         prompt=prompt,
         n_predict=count,
-        n_probs=probabilities,
         temperature=0,
         return_tokens=True,
         cache_prompt=False,
+        **more,
     )
 
 
 def log_probabilities(prompt: list[int]) -> list[float]:
-    """Of every id after a prompt, as the server lists them: by id, all or none."""
-    (position,) = complete(prompt, 1, job["vocab_size"])["completion_probabilities"]
+    """Of every id after a prompt.
+
+    The server lists them beside the token it chose, unless that is a part of a character. So one
+    that is text is chosen for it: the bias decides what is chosen, not the list.
+    """
+    bias = [[job["text_id"], 1000]]
+    reply = complete(prompt, 1, n_probs=job["vocab_size"], logit_bias=bias)
+    (position,) = reply["completion_probabilities"]
     by_id = {row["id"]: row["logprob"] for row in position["top_logprobs"]}
     return [by_id[i] for i in range(job["vocab_size"])]
 

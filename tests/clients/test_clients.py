@@ -48,6 +48,8 @@ def job(export: Export, folder: Path | None = None) -> dict[str, Any]:
         "prompts": export.prompts,
         "new_tokens": NEW_TOKENS,
         "vocab_size": export.vocab_size,
+        # the last of SentencePiece's ids are letters
+        "text_id": export.vocab_size - 1,
     }
 
 
