@@ -33,6 +33,13 @@ def test_bench_commands_exist(document: Path) -> None:
         assert args.run is cli._bench, line
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_convert_commands_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for line in re.findall(r"^megatron-xielu (convert .*)$", text, re.MULTILINE):
+        cli._parser().parse_args(line.split())
+
+
 def test_cpu_figures_are_those_of_the_table() -> None:
     with (ROOT / "docs/benchmarks/cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from megatron_xielu import cli
 from megatron_xielu.checkpoint.to_gguf import GgufFile, convert_to_gguf, llama3_factors
 from megatron_xielu.errors import UserError
+from tests.ranks import environment
 
 gguf = pytest.importorskip("gguf")
 
@@ -248,6 +251,36 @@ def test_a_full_disk_leaves_nothing(save: Save) -> None:
         refuse(folder, r"out.gguf could not be written: .*Nothing was left")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_largest_weight(save: Save) -> None:
+    folder = save(hidden_size=512, intermediate_size=4096, num_hidden_layers=24)
+    program = """
+import re, sys
+from pathlib import Path
+import gguf, transformers
+from transformers import ApertusForCausalLM
+from megatron_xielu.checkpoint.to_gguf import convert_to_gguf
+def peak():
+    # what getrusage says begins with the parent's
+    (kilobytes,) = re.findall(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
+before, folder = peak(), Path(sys.argv[1])
+done = convert_to_gguf(folder, folder.parent / "out.gguf", tokenizer=False)
+print(done.num_bytes, peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    size, grown = map(int, done.stdout.split()[-2:])
+    print(f"{size / 1e6:.0f} MB written with {grown / 1e6:.0f} MB")
+    # 8 MB weights, and what config and header take
+    assert grown < 100e6 < size / 3
 
 
 def test_the_command(save: Save, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
