@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
+import pydoc_data.topics
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_xielu import cli
-from megatron_xielu.analysis.planner import estimate_memory
+from megatron_xielu.analysis.planner import count_parameters, estimate_memory, flops_per_token
 from megatron_xielu.doctor.checks import CHECKS
 from megatron_xielu.mcore.layouts import grid
 from megatron_xielu.recipes import load_recipe, preset_names, validate
 from megatron_xielu.recipes.fp8 import local_sizes
+from tests.conftest import SMALL
+from tests.ranks import environment
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -96,7 +104,45 @@ def test_the_fp8_sizes_are_those_of_the_presets() -> None:
         seen.add((name, int(tp)))
     # 16 heads: every degree of tensor parallelism that both have
     presets = [name for name in preset_names() if name.startswith("llama-")]
-    assert seen == {(name, tp) for name in presets for tp in (1, 2, 4, 8, 16)}
+    ours = [name for name in presets if name.endswith("-xielu")]
+    assert seen == {(name, tp) for name in ours for tp in (1, 2, 4, 8, 16)}
+    # the baselines run in FP8 wherever xIELU does
+    for name, (_, tp) in itertools.product(set(presets) - set(ours), seen):
+        layout = [f"parallel.tensor_model_parallel_size={tp}", "parallel.sequence_parallel=false"]
+        for fp8 in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+            assert validate(load_recipe(name, [*layout, f"fp8.recipe={fp8}"]), tp) == []
+
+
+def test_the_baselines_are_those_of_the_presets() -> None:
+    text = (ROOT / "docs/baselines.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(llama\S+)` \| (.*) \|$", text, re.MULTILINE)
+    for name, cells in rows:
+        model = load_recipe(name).model
+        figures = (model.ffn_hidden_size, count_parameters(model), flops_per_token(model))
+        assert cells.split(" | ") == [f"{figure:,}" for figure in figures]
+    assert {name for name, _ in rows} == {n for n in preset_names() if n.startswith("llama-")}
+
+
+def test_the_comparison_of_activations_runs(tmp_path: Path) -> None:
+    lines = [{"text": text} for text in pydoc_data.topics.topics.values() if len(text) > 2000]
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = (ROOT / "docs/baselines.md").read_text(encoding="utf-8")
+    commands = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    # of the sizes in the document the widths alone
+    small = " ".join(["tiny", *(each for each in SMALL if "ffn_hidden_size" not in each)])
+    for line in (line for line in commands if line):
+        assert line.startswith("megatron-xielu ")
+        words = shlex.split(line.replace(" tiny ", f" {small} "))[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_xielu", *words],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (tmp_path / "activations.png").stat().st_size > 10_000
 
 
 def test_the_fp8_defaults_are_those_of_a_recipe(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class Plan:
     """The derived numbers of one recipe on one world size."""
 
     name: str
+    activation: str
     world_size: int
     data_parallel_size: int
     micro_batches_per_step: int
@@ -99,12 +100,13 @@ def plan(recipe: Recipe, world_size: int) -> Plan:
     flops = flops_per_token(model) * tokens
     return Plan(
         name=recipe.name,
+        activation=model.activation,
         world_size=world_size,
         data_parallel_size=dp,
         micro_batches_per_step=training.global_batch_size // (training.micro_batch_size * dp),
         parameters=parameters,
         parameters_without_embeddings=parameters - _embeddings(model),
-        alphas=2 * model.num_layers,
+        alphas=_alphas(model) * model.num_layers,
         tokens_per_step=tokens_per_step,
         steps=training.train_iters,
         tokens=tokens,
@@ -187,7 +189,9 @@ def estimate_memory(recipe: Recipe, world_size: int) -> Memory:
     in_bf16, fp8_weights = parameters, 0.0
     if share:
         byte = _FP8_WEIGHT[_fp8(recipe)]
-        held_by_mlp: float = 2 if recipe.fp8.param_gather or not recipe.fp8.fused else in_flight
+        # Megatron's other activations stay between TransformerEngine's modules
+        is_fused = recipe.fp8.fused and model.activation == "xielu"
+        held_by_mlp: float = 2 if recipe.fp8.param_gather or not is_fused else in_flight
         if recipe.fp8.fc2_input == "bf16" and not recipe.fp8.param_gather:
             # fc2 computes with the weight as it is
             held_by_mlp /= 2
@@ -226,9 +230,10 @@ def format_plan(plan: Plan) -> str:
             "micro-batches per step": f"{plan.micro_batches_per_step:,}",
         },
         "model": {
+            "activation": plan.activation,
             "parameters": f"{plan.parameters:,}",
             "without embeddings": f"{plan.parameters_without_embeddings:,}",
-            "alphas": f"{plan.alphas:,}",
+            **({"alphas": f"{plan.alphas:,}"} if plan.alphas else {}),
         },
         "tokens": {
             "tokens per step": f"{plan.tokens_per_step:,}",
@@ -293,14 +298,23 @@ def _attention_weights(model: Model) -> int:
 
 
 def _mlp_weights(model: Model) -> int:
-    """Of one layer: two matrices."""
-    return 2 * model.hidden_size * model.ffn_hidden_size
+    """Of one layer: two matrices, or three with a gate."""
+    return (2 + _is_gated(model)) * model.hidden_size * model.ffn_hidden_size
+
+
+def _is_gated(model: Model) -> bool:
+    return model.activation == "swiglu"
+
+
+def _alphas(model: Model) -> int:
+    """Of one layer."""
+    return 2 if model.activation == "xielu" else 0
 
 
 def _layer_vectors(model: Model) -> int:
     """Of one layer, what tensor parallelism replicates: norms and alphas."""
     qk_norms = 2 * head_dim(model) if model.qk_layernorm else 0
-    return 2 * model.hidden_size + qk_norms + 2
+    return 2 * model.hidden_size + qk_norms + _alphas(model)
 
 
 def _embeddings(model: Model) -> int:
@@ -357,7 +371,8 @@ def _activation_bytes_per_token(recipe: Recipe, fp8: str) -> float:
     attention = channels * element
     if fp8 == "delayed":
         attention += model.num_attention_heads * head_dim(model) * product_input
-    # xIELU's input and output
+    # the activation's input, twice as wide with a gate, and its output; of its input ReLU squared
+    # keeps what is above zero
     output = element if recipe.fp8.fc2_input == "bf16" else product_input
-    kept = element + (0 if recipe.xielu.recompute else output)
+    kept = (1 + _is_gated(model)) * element + (0 if recipe.xielu.recompute else output)
     return hidden + (attention + kept * model.ffn_hidden_size) / tp

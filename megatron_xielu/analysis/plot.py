@@ -96,7 +96,8 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
 def draw(run_dirs: Sequence[Path]) -> Figure:
     """The figure of `plot_runs`: axes "loss", "a_p" and "a_n", by their labels.
 
-    One run shows its alphas layer by layer; several show the mean over layers and the range.
+    One run shows its alphas layer by layer; several show the mean over layers and the range. Where
+    no run has alphas, because none has xIELU, the loss is all.
 
     Raises:
         UserError: no run is named, or one has no records yet.
@@ -109,18 +110,24 @@ def draw(run_dirs: Sequence[Path]) -> Figure:
     ]
     with rc_context(_STYLE):
         figure = Figure(figsize=(13, 6.5), layout="constrained")
-        panels = figure.subplot_mosaic(
-            [["loss", "a_p"], ["loss", "a_n"]], width_ratios=[1.25, 1], sharex=True
-        )
+        panels = _panels(figure, has_alphas=any(run.alphas["a_p"].size for run in runs))
         for label, axes in panels.items():
             axes.set_label(label)
         _draw_loss(panels["loss"], runs)
-        if len(runs) == 1:
+        if "a_p" in panels and len(runs) == 1:
             _draw_layers(figure, panels, runs[0])
-        else:
+        elif "a_p" in panels:
             _draw_layer_ranges(panels, runs)
         _finish(figure, panels, [run.name for run in runs])
     return figure
+
+
+def _panels(figure: Figure, *, has_alphas: bool) -> dict[str, Axes]:
+    if not has_alphas:
+        return figure.subplot_mosaic([["loss"]])
+    return figure.subplot_mosaic(
+        [["loss", "a_p"], ["loss", "a_n"]], width_ratios=[1.25, 1], sharex=True
+    )
 
 
 def _read_curves(run_dir: Path, name: str) -> Curves:
@@ -241,20 +248,21 @@ def _draw_layer_ranges(panels: dict[str, Axes], runs: Sequence[Curves]) -> None:
 
 
 def _finish(figure: Figure, panels: dict[str, Axes], names: Sequence[str]) -> None:
-    for label, symbol in _ALPHAS.items():
+    for label in panels.keys() & _ALPHAS.keys():
         axes = panels[label]
-        axes.set_ylabel(symbol)
+        axes.set_ylabel(_ALPHAS[label])
         low, high = axes.get_ylim()
         # alphas that have not moved yet would show their rounding at full height
         if high - low < _MIN_ALPHA_SPAN:
             middle = (low + high) / 2
             axes.set_ylim(middle - _MIN_ALPHA_SPAN / 2, middle + _MIN_ALPHA_SPAN / 2)
         axes.ticklabel_format(axis="y", useOffset=False)
-    for label in ("loss", "a_n"):
+    for label in panels.keys() - {"a_p"}:
         panels[label].set_xlabel("tokens")
         panels[label].xaxis.set_major_locator(MaxNLocator(nbins=6))
         panels[label].xaxis.set_major_formatter(FuncFormatter(lambda x, _: _token_tick(x)))
-    panels["a_p"].tick_params(labelbottom=False)
+    if "a_p" in panels:
+        panels["a_p"].tick_params(labelbottom=False)
     figure.suptitle(_title(names), fontsize=14, fontweight="bold")
 
 

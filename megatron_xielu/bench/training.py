@@ -309,11 +309,13 @@ def _tokens(plan: Plan) -> int:
 
 
 def _planned(plan: Plan, variant: Variant) -> float:
-    """Bytes by the planner, which is about xIELU.
-
-    ReLU squared keeps the same two tensors, and SwiGLU three that are two thirds as wide.
-    """
-    recipe = plan.recipe
+    """Bytes by the planner."""
+    recipe, activation = plan.recipe, ACTIVATIONS[variant.activation]["activation"]
+    ffn = recipe.model.ffn_hidden_size
+    # as wide as `mcore.one_rank` builds it
+    gated_or_not = ffn * 2 // 3 if activation == "swiglu" else ffn
+    model = replace(recipe.model, activation=activation, ffn_hidden_size=gated_or_not)
+    recipe = replace(recipe, model=model)
     if variant.precision != "bf16" and plan.transformer_impl == "transformer_engine":
         fused = variant.activation == OURS
         fp8 = replace(recipe.fp8, recipe=variant.precision, fused=fused)  # type: ignore[arg-type]

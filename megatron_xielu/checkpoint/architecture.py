@@ -73,6 +73,7 @@ class Architecture:
             beta=recipe.xielu.beta,
             norm_epsilon=model.norm_epsilon,
             rope_theta=model.rope_theta,
+            rope_scaling_factor=model.rope_scaling_factor,
             seq_length=model.seq_length,
             init_std=model.init_std,
         )

@@ -72,7 +72,7 @@ def _trained_on(run: RunCheckpoint, args: Mapping[str, Any]) -> str:
     if run.recipe is not None:
         sequences = run.iteration * run.recipe.training.global_batch_size
         length = run.recipe.model.seq_length
-    if not isinstance(sequences, int) or not isinstance(length, int):
+    if not (isinstance(sequences, int) and isinstance(length, int) and sequences * length):
         return f"{run.iteration:,} steps"
     return f"{sequences * length:,} tokens in {run.iteration:,} steps"
 

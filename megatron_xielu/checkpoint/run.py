@@ -160,12 +160,15 @@ def _expected_arguments(recipe: Recipe, args: Any) -> dict[str, Any]:
         "layernorm_epsilon": model.norm_epsilon,
         "qk_layernorm": model.qk_layernorm,
         "rotary_base": model.rope_theta,
+        "use_rope_scaling": model.rope_scaling_factor is not None,
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
         "swiglu": model.activation == "swiglu",
         "squared_relu": model.activation == "relu2",
-        "use_rope_scaling": False,
         **{name: value for name, (value, _) in LLAMA.items()},
     }
+    # without scaling the saved factor is an unused default
+    if model.rope_scaling_factor is not None:
+        expected["rope_scaling_factor"] = model.rope_scaling_factor
     # without grouped queries the saved value is an unused default
     if getattr(args, "group_query_attention", False):
         expected["num_query_groups"] = num_query_groups(model)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_xielu.checkpoint.saved_tensor import saved_bytes
 from megatron_xielu.errors import UserError
 from megatron_xielu.unpickle import load_plain, read_index
 
@@ -79,7 +80,8 @@ class TorchDistReader:
     def read(self, key: str, index: int | None = None) -> Tensor:
         """One whole tensor, or only `tensor[index]` of it.
 
-        Only the chunks that overlap are read; memory is the result and the largest chunk.
+        Only the chunks that overlap are read. A chunk that lies in the result in one piece goes
+        straight to its place; of others memory holds one beside the result.
 
         Raises:
             UserError: an unknown key, or a data file that is missing, too short or damaged.
@@ -98,7 +100,8 @@ class TorchDistReader:
                 f"stored. Use another step."
             )
         self._check_chunks(item.storage_index for item in items)
-        self._run(items, target, key)
+        rest = [item for item in items if not self._read_in_place(item, target)]
+        self._run(rest, target, key)
         return target if index is None else target.squeeze(0)
 
     def check_files(self, keys: Iterable[str] | None = None) -> None:
@@ -163,6 +166,26 @@ class TorchDistReader:
                 f"{_REMEDY}"
             )
 
+    def _read_in_place(self, item: ReadItem, target: Tensor) -> bool:
+        """Reads a chunk into the tensor if its bytes are one run of both; says whether it did."""
+        part = _part(target, item)
+        if not part.is_contiguous():
+            return False
+        info = self._reader.storage_data[item.storage_index]
+        with (self.path / info.relative_path).open("rb", buffering=0) as file:
+            begin = saved_bytes(file, info.offset, info.length, part)
+            if begin is None:
+                return False
+            file.seek(begin)
+            room = memoryview(part.reshape(-1).view(torch.uint8).numpy())
+            while room:
+                # the system reads at most 2 GB at once; the size has been checked
+                count = file.readinto(room)
+                if not count:
+                    return False
+                room = room[count:]
+        return True
+
     def _run(self, items: list[ReadItem], target: Tensor, key: str) -> None:
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
@@ -182,9 +205,11 @@ class _Into(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        view = self._target
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            view = view.narrow(dim, start, length)
-        return view
+        return _part(self._target, read_item)
+
+
+def _part(target: Tensor, item: ReadItem) -> Tensor:
+    """What of a tensor one chunk fills."""
+    for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+        target = target.narrow(dim, start, length)
+    return target

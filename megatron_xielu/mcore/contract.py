@@ -64,6 +64,22 @@ SEAMS = (
         "config vp_stage",
     ),
     Seam(
+        "megatron.training.argument_utils.gpt_config_from_args",
+        "makes the model's config, which then gets the RoPE scaling factor",
+        "args",
+        "rope_scaling",
+    ),
+    Seam(
+        "megatron.training.models.gpt.GPTModelBuilder.build_model",
+        "hands the RoPE scaling factor to the model",
+        source="rope_scaling_factor=self._model_config.rope_scaling_factor",
+    ),
+    Seam(
+        "megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding",
+        "scales RoPE as Llama 3 does, with constants that exports name",
+        source="original_max_position_embeddings=8192",
+    ),
+    Seam(
         "megatron.core.transformer.dot_product_attention.DotProductAttention.forward",
         "is overridden by SDPAttention",
         "self query key value attention_mask attn_mask_type",

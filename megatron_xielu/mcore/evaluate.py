@@ -15,7 +15,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.models.gpt import GPTModelBuilder
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from megatron_xielu.mcore import cpu_platform, other_checkpoints, patches, safe_load
 from megatron_xielu.mcore.activation import XIELUPlaceholder, install
-from megatron_xielu.mcore.layer_specs import use_xielu, xielu_layer_spec
+from megatron_xielu.mcore.model_config import model_config
 from megatron_xielu.recipes import Recipe, load_recipe, megatron_args
 from megatron_xielu.recipes.schema import Parallel
 
@@ -44,10 +43,9 @@ def build_model(recipe: Recipe, workdir: Path) -> GPTModel:
     with patches.command_line(argv):
         args = parse_and_validate_args()
     initialize_megatron()
-    config = gpt_config_from_args(args)
     xielu = recipe.xielu
-    use_xielu(config.transformer, XIELUPlaceholder(beta=xielu.beta, impl=xielu.impl))
-    config.transformer_layer_spec = xielu_layer_spec
+    activation = XIELUPlaceholder(beta=xielu.beta, impl=xielu.impl)
+    config = model_config(args, activation if recipe.model.activation == "xielu" else None)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = GPTModelBuilder(config).build_model(groups)
     install(model)

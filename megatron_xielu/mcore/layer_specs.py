@@ -1,4 +1,4 @@
-"""Megatron's own layer specs with xIELU in the MLP.
+"""Megatron's own layer specs, and the same with xIELU in the MLP.
 
 `xielu_layer_spec` is what Megatron's `--spec megatron_xielu.mcore.layer_specs xielu_layer_spec`
 names, so a stock Megatron entry script trains xIELU without a change.
@@ -35,12 +35,24 @@ def xielu_layer_spec(
     """
     use_xielu(config.transformer)
     patches.group_alphas()
-    spec = default_layer_spec(config, vp_stage)
-    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
-    # a spec object stands for many layers, so each is edited once
-    for layer in {id(layer): layer for layer in layers}.values():
+    spec = stock_layer_spec(config, vp_stage)
+    for layer in _layers(spec):
         layer.submodules.mlp = with_xielu(layer.submodules.mlp)
-        if config.transformer.transformer_impl == "local":
+    return spec
+
+
+def stock_layer_spec(
+    config: GPTModelConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec Megatron would choose for this config; local layers get torch's kernels.
+
+    Args:
+        config: the model's config.
+        vp_stage: virtual pipeline stage.
+    """
+    spec = default_layer_spec(config, vp_stage)
+    if config.transformer.transformer_impl == "local":
+        for layer in _layers(spec):
             use_torch_kernels(layer.submodules, config.transformer)
     if config.transformer.transformer_impl == "local" and isinstance(spec, ModuleSpec):
         count = get_num_layers_to_build(config.transformer, vp_stage)
@@ -48,6 +60,12 @@ def xielu_layer_spec(
     if isinstance(spec, TransformerBlockSubmodules) and _local_rms_norm(config.transformer):
         spec.layer_norm = RMSNorm
     return spec
+
+
+def _layers(spec: ModuleSpec | TransformerBlockSubmodules) -> list[ModuleSpec]:
+    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
+    # a spec object may stand for many layers, and is edited once
+    return list({id(layer): layer for layer in layers}.values())
 
 
 def use_xielu(config: TransformerConfig, placeholder: XIELUPlaceholder | None = None) -> None:

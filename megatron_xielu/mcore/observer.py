@@ -46,7 +46,8 @@ class Listener(Protocol):
         alpha_n: Sequence[float],
         seconds_per_step: float,
     ) -> None:
-        """Loss is the interval's mean; alphas are effective values of all layers in order."""
+        """Loss is the interval's mean; alphas are effective values of all layers in order, none
+        where the activation is not xIELU."""
 
     def validation(self, *, step: int, loss: float) -> None:
         """Mean held-out loss in nats per token."""
@@ -97,6 +98,7 @@ class Observer:
         datasets: the run's dataset provider.
         preemption: is asked before the first step, leaves evaluations and times saves.
         evaluate_first: also evaluate before the first step of a new run.
+        has_alphas: the model's activation is xIELU.
         watch: looks at what FP8 does, if it is there.
     """
 
@@ -107,6 +109,7 @@ class Observer:
         preemption: Preemption,
         *,
         evaluate_first: bool,
+        has_alphas: bool = True,
         watch: StepWatch | None = None,
     ) -> None:
         self.listener = listener
@@ -115,6 +118,7 @@ class Observer:
         self.trained = False
         """Whether training has begun."""
         self.evaluate_first = evaluate_first
+        self.has_alphas = has_alphas
         self.watch = watch
         self.model: Sequence[nn.Module] = ()
         self._losses: list[torch.Tensor] = []
@@ -255,7 +259,8 @@ class Observer:
         return timed
 
     def _report_step(self, iteration: int, lr: float | None, grad_norm: float | None) -> None:
-        alpha_p, alpha_n = gather_alphas(self.model, get_args().num_layers)
+        layers = get_args().num_layers
+        alpha_p, alpha_n = gather_alphas(self.model, layers) if self.has_alphas else ([], [])
         losses, self._losses = self._losses, []
         begin, self._interval_start = self._interval_start, time.perf_counter()
         steps, self._last_step = iteration - self._last_step, iteration

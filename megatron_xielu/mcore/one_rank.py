@@ -28,9 +28,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -39,13 +38,12 @@ from megatron_xielu.mcore.activation import ParallelXIELU, XIELUPlaceholder
 from megatron_xielu.mcore.fp8_emulation import FP8Settings, Statistics
 from megatron_xielu.mcore.layer_specs import (
     install_on_chunks,
-    use_torch_kernels,
+    stock_layer_spec,
     use_xielu,
     xielu_layer_spec,
 )
 from megatron_xielu.mcore.layouts.grid import Layout
 from megatron_xielu.mcore.layouts.world import cut
-from megatron_xielu.mcore.norm import RMSNorm
 from megatron_xielu.mcore.observer import LOSS
 from megatron_xielu.mcore.pretrain import forward_tokens
 from megatron_xielu.mcore.whole_state import WholeState
@@ -237,7 +235,7 @@ class Training:
 
 def _build(run: Run, vocab_size: int) -> tuple[TransformerConfig, list[Any]]:
     transformer = TransformerConfig(**_fields(run))
-    spec = _layer_spec
+    spec = stock_layer_spec
     if run.activation == "xielu":
         settings = XIELUPlaceholder(impl=run.impl, fc2_input=run.fp8.fc2_input)
         use_xielu(transformer, settings)
@@ -318,14 +316,6 @@ def _compile_activations(chunks: list[Any]) -> list[Any]:
             if isinstance(module, ParallelXIELU):
                 module.compile(dynamic=False)
     return chunks
-
-
-def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's own layers, with the attention and norm that xIELU's have."""
-    layer = default_layer_spec(config, vp_stage)
-    use_torch_kernels(layer.submodules, config.transformer)
-    layers = [layer] * config.transformer.num_layers
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _optimizer(steps: int, chunks: list[Any]) -> tuple[Any, OptimizerParamScheduler]:

@@ -19,7 +19,7 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.global_vars import get_tensorboard_writer
 from megatron.training.training import pretrain as megatron_pretrain
@@ -40,7 +40,7 @@ from megatron_xielu.mcore.datasets import Datasets
 from megatron_xielu.mcore.fp8_emulation import FP8Settings
 from megatron_xielu.mcore.fp8_watch import Watch, WatchSettings
 from megatron_xielu.mcore.health import Health, HealthSettings
-from megatron_xielu.mcore.layer_specs import install_on_chunks, use_xielu, xielu_layer_spec
+from megatron_xielu.mcore.model_config import model_config
 from megatron_xielu.mcore.observer import LOSS, Listener, Observer, is_reporting_rank
 from megatron_xielu.mcore.preemption import Preemption
 from megatron_xielu.mcore.recompute import recomputed_by_megatron
@@ -50,7 +50,7 @@ from megatron_xielu.signals import StopSignals
 
 def pretrain(
     argv: Sequence[str],
-    activation: XIELUPlaceholder,
+    activation: XIELUPlaceholder | None,
     listener: Listener,
     *,
     alpha_lr_mult: float = 1.0,
@@ -67,7 +67,7 @@ def pretrain(
 
     Args:
         argv: Megatron's own flags, without a program name.
-        activation: xIELU's settings.
+        activation: xIELU's settings; None trains what argv says, such as --swiglu.
         listener: gets the run's numbers on the last rank, and notes on every rank.
         alpha_lr_mult: learning rate of the alphas relative to the other parameters.
         evaluate_first: evaluate before the first step of a new run.
@@ -94,7 +94,8 @@ def pretrain(
     refused = safe_load.enable()
     other_checkpoints.enable()
     patches.mend_optimizers()
-    patches.group_alphas(alpha_lr_mult)
+    if activation is not None:
+        patches.group_alphas(alpha_lr_mult)
     preemption = Preemption(signals or StopSignals())
     # before the arguments are parsed: Megatron makes its own signal handler then
     preemption.attach()
@@ -102,17 +103,13 @@ def pretrain(
     if async_save and on_cpu:
         # its parser wants the writer that is handed GPU memory; a fork has a snapshot of its own
         args.async_save = True
-    model = gpt_config_from_args(args)
-    use_xielu(model.transformer, activation)
+    model = model_config(args, activation)
     whole = recomputed_by_megatron(model.transformer)
-    if activation.recompute and whole is not None:
+    if activation is not None and activation.recompute and whole is not None:
         listener.note(
             f"xielu.recompute=true is ignored: {whole} recomputes every MLP as a whole, fc2's "
             "input included"
         )
-    # a spec of the user's own (--spec) wins; the hook still installs xIELU into its layers
-    model.transformer_layer_spec = model.transformer_layer_spec or xielu_layer_spec
-    model.pre_wrap_hooks.append(install_on_chunks)
     if emulated_fp8.recipe != "off":
         listener.note(
             f"FP8 is emulated ({emulated_fp8.recipe}, {emulated_fp8.format}): its numbers at a "
@@ -131,6 +128,7 @@ def pretrain(
         datasets,
         preemption,
         evaluate_first=evaluate_first,
+        has_alphas=activation is not None,
         watch=Watch(watch, listener, watch_record) if watch is not None else None,
     )
     observer.attach()

@@ -77,6 +77,7 @@ def _model(model: Model) -> Flags:
         "--position-embedding-type": "rope",
         # upstream parses an integer; `check` has seen to it that nothing is lost
         "--rotary-base": int(model.rope_theta),
+        **_rope_scaling(model),
         "--normalization": "RMSNorm",
         "--norm-epsilon": model.norm_epsilon,
         "--qk-layernorm": model.qk_layernorm,
@@ -90,6 +91,12 @@ def _model(model: Model) -> Flags:
         # upstream would pad by tensor_model_parallel_size, and then no other one could resume
         "--padded-vocab-size": model.vocab_size,
     }
+
+
+def _rope_scaling(model: Model) -> Flags:
+    if model.rope_scaling_factor is None:
+        return {}
+    return {"--use-rope-scaling": True, "--rope-scaling-factor": model.rope_scaling_factor}
 
 
 def _training(recipe: Recipe) -> Flags:

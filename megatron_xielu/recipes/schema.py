@@ -32,6 +32,9 @@ class Model:
     """Rows of the embedding; None means the data's tokenizer, rounded up to a multiple of 128."""
     tie_embeddings: bool = True
     rope_theta: float = 10_000.0
+    rope_scaling_factor: float | None = None
+    """Llama 3's scaling of RoPE's low frequencies, for contexts beyond 8,192 tokens; None for none.
+    """
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     """Output projections are scaled by 1 / sqrt(2 * num_layers), as in Megatron."""

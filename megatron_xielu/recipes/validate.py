@@ -18,6 +18,7 @@ _AT_LEAST_ONE = (
     "model.num_attention_heads",
     "model.num_query_groups",
     "model.head_dim",
+    "model.rope_scaling_factor",
     "model.ffn_hidden_size",
     "model.seq_length",
     "model.vocab_size",
@@ -243,6 +244,8 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
 
 
 def _optimizer(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.activation != "xielu":
+        return
     if recipe.training.precision == "bf16" and not recipe.parallel.use_distributed_optimizer:
         yield (
             "parallel.use_distributed_optimizer=false cannot go with training.precision=bf16: "

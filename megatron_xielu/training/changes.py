@@ -53,7 +53,11 @@ _FIXED = (
     "xielu.lr_mult",
 )
 # arguments of Megatron that a checkpoint keeps and that are compared with the recipe
-_MEGATRON_NAMES = {"model.rope_theta": "rotary_base", "model.norm_epsilon": "layernorm_epsilon"}
+_MEGATRON_NAMES = {
+    "model.rope_theta": ("rotary_base",),
+    "model.rope_scaling_factor": ("use_rope_scaling", "rope_scaling_factor"),
+    "model.norm_epsilon": ("layernorm_epsilon",),
+}
 
 
 def check_changes(changes: Sequence[str], run_dir: Path, allowed: Collection[str]) -> None:
@@ -107,7 +111,7 @@ def fingerprint(data: DatasetInfo) -> str:
 
 def megatron_names(allowed: Collection[str]) -> set[str]:
     """Megatron's names of the allowed keys, where a checkpoint's arguments are compared."""
-    return {_MEGATRON_NAMES[key] for key in allowed if key in _MEGATRON_NAMES}
+    return {name for key in allowed for name in _MEGATRON_NAMES.get(key, ())}
 
 
 def _key(change: str) -> str:

@@ -241,6 +241,8 @@ def _exit(code: int) -> NoReturn:
 
 def _activation(job: Job) -> str:
     """Which implementation of xIELU the run gets, and why; the CPU kernels are built by now."""
+    if job.recipe.model.activation != "xielu":
+        return f"model.activation={job.recipe.model.activation}, Megatron's own"
     import torch
 
     from megatron_xielu.ops.dispatch import describe
@@ -354,7 +356,7 @@ def _watch(recipe: Recipe) -> Any:
     from megatron_xielu.mcore.fp8_watch import WatchSettings
 
     fp8 = recipe.fp8
-    if fp8.recipe == "off":
+    if fp8.recipe == "off" or recipe.model.activation != "xielu":
         return None
     return WatchSettings(
         fp8.watch_interval,
@@ -373,6 +375,8 @@ def _placeholder(recipe: Recipe) -> Any:
     from megatron_xielu.mcore.activation import XIELUPlaceholder
 
     xielu = recipe.xielu
+    if recipe.model.activation != "xielu":
+        return None
     return XIELUPlaceholder(
         xielu.alpha_p_init,
         xielu.alpha_n_init,
@@ -418,6 +422,7 @@ class _Listener:
             num_devices=self._job.world_size,
             peak_flops=_peak_flops(self._job.machine),
             start_step=start_step,
+            with_alphas=self._job.recipe.model.activation == "xielu",
             out=self._terminal,
         )
 

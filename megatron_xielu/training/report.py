@@ -43,7 +43,7 @@ class StepMetrics:
     grad_norm: float | None
     lr: float
     alpha_p: tuple[float, ...]
-    """Effective a_p of every layer, in order."""
+    """Effective a_p of every layer, in order; empty where the activation is not xIELU."""
     alpha_n: tuple[float, ...]
     """Effective a_n of every layer, in order."""
     seconds_per_step: float
@@ -62,6 +62,7 @@ class Reporter:
         num_devices: ranks that share the work.
         peak_flops: a device's dense peak in FLOP/s, or None where it is unknown: no MFU then.
         start_step: steps done before this process; 0 starts the file afresh.
+        with_alphas: the activation is xIELU, and lines show its a_p and a_n.
         clock: unix time in seconds.
 
     Raises:
@@ -78,6 +79,7 @@ class Reporter:
         num_devices: int,
         peak_flops: float | None,
         start_step: int = 0,
+        with_alphas: bool = True,
         out: TextIO,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -88,7 +90,10 @@ class Reporter:
         self._peak_flops = peak_flops
         self._out = out
         self._clock = clock
-        self._columns = step_line.columns(train_iters, with_mfu=peak_flops is not None)
+        self._with_alphas = with_alphas
+        self._columns = step_line.columns(
+            train_iters, with_alphas=with_alphas, with_mfu=peak_flops is not None
+        )
         self._lines_since_header: int | None = None
         self._num_records = 0
         self._timed_from = (0.0, 0)
@@ -120,13 +125,13 @@ class Reporter:
         record = self._record(metrics, now)
         self._write(record)
         eta = self._eta(metrics.step, now)
+        alphas = [step_line.lowest_highest(a) for a in (metrics.alpha_p, metrics.alpha_n)]
         cells = [
             *self._position(metrics.step),
             step_line.decimal(record["loss"]),
             step_line.decimal(record["grad_norm"]),
             f"{metrics.lr:.2e}",
-            step_line.lowest_highest(metrics.alpha_p),
-            step_line.lowest_highest(metrics.alpha_n),
+            *(alphas if self._with_alphas else []),
             step_line.quantity(record["tokens_per_second"]),
             step_line.throughput(record["tflops_per_device"]),
             "-" if eta is None else step_line.duration(eta),
@@ -216,7 +221,9 @@ class Reporter:
         ]
 
     def _legend(self) -> str:
-        legend = "a_p, a_n: lowest-highest over the layers, effective values; TFLOP/s: per device"
+        legend = "TFLOP/s: per device"
+        if self._with_alphas:
+            legend = f"a_p, a_n: lowest-highest over the layers, effective values; {legend}"
         if self._peak_flops is not None:
             legend += f"; MFU: of {self._peak_flops / 1e12:.4g} TFLOP/s"
         return legend

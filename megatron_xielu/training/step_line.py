@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 
-def columns(train_iters: int, *, with_mfu: bool) -> list[tuple[str, int]]:
+def columns(train_iters: int, *, with_alphas: bool, with_mfu: bool) -> list[tuple[str, int]]:
     """(head, width) of every column; the widths hold every value that a run can produce."""
     heads = [
         ("step/total", max(10, 2 * len(str(train_iters)) + 1)),
@@ -24,7 +24,9 @@ def columns(train_iters: int, *, with_mfu: bool) -> list[tuple[str, int]]:
         ("ETA", 8),
         ("finish", 11),
     ]
-    return heads if with_mfu else [(head, width) for head, width in heads if head != "MFU"]
+    left_out = set() if with_alphas else {"a_p", "a_n"}
+    left_out |= set() if with_mfu else {"MFU"}
+    return [(head, width) for head, width in heads if head not in left_out]
 
 
 def aligned(cells: Sequence[str], columns: Sequence[tuple[str, int]]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,7 +116,47 @@ def _count_on_meta(model_class: Any, config: Any) -> int:
         return sum(parameter.numel() for parameter in model_class(config).parameters())
 
 
-@pytest.mark.parametrize("model", [SMALL, GROUPED, load_recipe("llama-3b-xielu").model])
+GATED = replace(GROUPED, activation="swiglu")
+
+
+def test_parameters_with_a_gate_are_those_of_transformers_llama() -> None:
+    transformers = pytest.importorskip("transformers")
+    for model in (GATED, load_recipe("llama-1.1b-swiglu").model):
+        config = transformers.LlamaConfig(**_hugging_face(model) | {"hidden_act": "silu"})
+        assert _count_on_meta(transformers.LlamaForCausalLM, config) == count_parameters(model)
+    # as ArceeForCausalLM counts xIELU's, without the alphas
+    assert count_parameters(replace(GROUPED, activation="relu2")) == count_parameters(GROUPED) - 4
+
+
+@pytest.mark.parametrize("size", ["1.1b", "3b"])
+def test_the_baselines_cost_what_xielu_costs(size: str) -> None:
+    ranks = {"1.1b": 88, "3b": 256}[size]
+    ours = plan(load_recipe(f"llama-{size}-xielu"), ranks)
+    for activation in ("swiglu", "relu2"):
+        other = plan(load_recipe(f"llama-{size}-{activation}"), ranks)
+        assert ours.parameters - other.parameters == ours.alphas
+        assert _flops(other) == _flops(ours)
+        assert (other.tokens, other.flops, other.alphas) == (ours.tokens, ours.flops, 0)
+        assert other.memory.total == pytest.approx(ours.memory.total, rel=1e-6)
+        text = format_plan(other)
+        assert re.search(rf"^  activation +{activation}$", text, re.MULTILINE)
+        assert "alphas" not in text
+
+
+def test_a_gate_s_memory() -> None:
+    # of each token: fc1's output, twice as wide, and fc2's input; in FP8 in one byte
+    tokens, rest = 5 * 4096, 8 * 1536 * 2
+    memory = estimate_memory(load_recipe("llama-1.1b-swiglu"), 88)
+    assert memory.activations == 24 * tokens * (rest + (2 + 1) * 6144 * 2)
+    fp8 = estimate_memory(load_recipe("llama-1.1b-swiglu", ["fp8.recipe=tensorwise"]), 88)
+    rest = 2 * 6 * 1536 + 2 * 1536
+    assert fp8.activations == 24 * tokens * (rest + 2 * 6144 * 2 + 6144)
+    # in TransformerEngine's modules, which hold both orientations
+    weights = GEMM_WEIGHTS["attention"] + 24 * 3 * 1536 * 6144
+    assert fp8.fp8_weights == 2 * weights
+
+
+@pytest.mark.parametrize("model", [SMALL, GROUPED, GATED, load_recipe("llama-3b-xielu").model])
 def test_default_flops_are_what_megatron_reports(model: Model) -> None:
     training = pytest.importorskip("megatron.training.training")
     arguments = pytest.importorskip("megatron.training.arguments")
@@ -123,7 +165,7 @@ def test_default_flops_are_what_megatron_reports(model: Model) -> None:
     args.num_attention_heads, args.kv_channels = model.num_attention_heads, head_dim(model)
     args.group_query_attention, args.num_query_groups = True, num_query_groups(model)
     args.ffn_hidden_size, args.padded_vocab_size = model.ffn_hidden_size, model.vocab_size
-    args.seq_length = model.seq_length
+    args.seq_length, args.swiglu = model.seq_length, model.activation == "swiglu"
     reported = training.num_floating_point_operations(args, 1) / model.seq_length
     assert flops_per_token(model) == reported
 

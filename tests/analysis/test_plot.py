@@ -204,6 +204,17 @@ def test_several_runs_share_the_loss_panel(tmp_path: Path) -> None:
     assert [band.y1 for band in bands] == pytest.approx([1.0, 1.2])
 
 
+def test_alphas_are_drawn_of_the_runs_that_have_them(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "swiglu", layers=0), make_run(tmp_path / "xielu")]
+    figure = draw(runs)
+    assert legend(panel(figure, "loss")) == ["swiglu", "xielu"]
+    (mean,) = panel(figure, "a_p").get_lines()
+    assert mean.get_color() == panel(figure, "loss").get_lines()[2].get_color() == "C1"
+    for alone in (draw(runs[:1]), draw([runs[0], runs[0]])):
+        assert [axes.get_label() for axes in alone.axes] == ["loss"]
+        assert alone.axes[0].get_xlabel() == "tokens"
+
+
 def test_runs_of_one_name_are_told_apart_and_names_stay_text(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, steps=3) for name in ("a/run", "b/run")]
     names = legend(panel(draw(runs), "loss"))

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from checkpoint_layouts import recipe_of
 
-from megatron_xielu.checkpoint.run import _expected_arguments, check_arguments, open_run
+from megatron_xielu.checkpoint.run import (
+    _expected_arguments,
+    architecture_of,
+    check_arguments,
+    open_recipe,
+    open_run,
+)
 from megatron_xielu.checkpoint.store import LATEST
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
@@ -65,8 +71,19 @@ def test_tracker_without_its_step(copy_run: Callable[[str], Path]) -> None:
 def test_no_recipe(copy_run: Callable[[str], Path]) -> None:
     run = copy_run("gqa")
     (run / "recipe.yaml").unlink()
-    with pytest.raises(UserError, match=r"No recipe\.yaml beside .*iter_0000200 .*rope_theta"):
-        open_run(run)
+    opened = open_run(run)
+    assert (opened.recipe, opened.iteration) == (None, 200)
+    with pytest.raises(UserError, match=r"No recipe\.yaml beside .*iter_0000200"):
+        open_recipe(run)
+
+
+def test_arguments_may_be_given_only_where_no_recipe_says_them(runs: dict[str, Path]) -> None:
+    run = open_run(runs["gqa"])
+    with pytest.raises(UserError, match=r"--arg rotary_base means nothing: .*recipe\.yaml"):
+        architecture_of(run, TorchDistReader(run.path), given={"rotary_base": 1})
+    plain = replace(run, recipe=None)
+    arch = architecture_of(plain, TorchDistReader(run.path), given={"rotary_base": 1})
+    assert arch.rope_theta == 1.0
 
 
 def with_model(**change: object) -> Recipe:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,22 @@ from checkpoint_layouts import LAYOUTS, recipe_of
 from safetensors.torch import load_file
 from write_checkpoint import weight_of
 
+from megatron_xielu.checkpoint.run import arguments_of
+from megatron_xielu.checkpoint.safetensors_file import SafetensorsWriter
 from megatron_xielu.checkpoint.to_hf import MANIFEST, convert_to_hf
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+from megatron_xielu.checkpoint.verify import VerifyError
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, to_yaml
 from megatron_xielu.recipes.schema import Xielu
+
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def convert(run: Path, out: Path, **options: object) -> dict[str, torch.Tensor]:
@@ -33,7 +47,11 @@ def convert(run: Path, out: Path, **options: object) -> dict[str, torch.Tensor]:
 def test_all_layouts_of_one_model_give_the_same_export(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    for same in (["gqa", "gqa-tp2"], ["mha-tied-per-layer", "mha-tied-pp2"]):
+    for same in (
+        ["gqa", "gqa-tp2", "plain", "hybrid", "hybrid-tp2"],
+        ["mha-tied-per-layer", "mha-tied-pp2"],
+        ["llama", "llama-tp2"],
+    ):
         first, *others = [convert(runs[name], tmp_path / name) for name in same]
         for other in others:
             assert first.keys() == other.keys()
@@ -98,6 +116,119 @@ def test_config(runs: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
     assert generation["eos_token_id"] == 0
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tokenizer / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (
+            "apertus-scaled",
+            {
+                "architectures": ["ApertusForCausalLM"],
+                "hidden_act": "xielu",
+                "qk_norm": True,
+                "mlp_bias": False,
+                "rope_theta": 5000.0,
+                "rope_scaling": SCALING,
+                "rope_parameters": SCALING | {"rope_theta": 5000.0},
+                "pad_token_id": None,
+            },
+        ),
+        ("llama", {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}),
+        ("qwen3", {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False}),
+        ("relu2", {"architectures": ["ArceeForCausalLM"], "hidden_act": "relu2"}),
+    ],
+)
+def test_config_of_other_classes(
+    runs: dict[str, Path], tmp_path: Path, layout: str, expected: dict[str, object]
+) -> None:
+    convert(runs[layout], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_untied(runs: dict[str, Path], tmp_path: Path) -> None:
+    tensors = convert(runs["apertus-tied-tp2"], tmp_path / "out", untie=True)
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_plain_megatron_needs_what_it_does_not_say(
+    runs: dict[str, Path], tmp_path: Path, tokenizer: Path
+) -> None:
+    step = TorchDistReader(runs["plain"] / "checkpoints" / "iter_0000200")
+    args = arguments_of(step)
+    copy = tmp_path / "iter_0000007"
+    shutil.copytree(step.path, copy)
+    # as Megatron saves it where the tokenizer knows the vocabulary
+    args |= {"vocab_size": None, "consumed_train_samples": 56}
+    torch.save({"args": Namespace(**args)}, copy / "common.pt")
+    with pytest.raises(UserError, match=r"iter_0000007 \(no recipe.*does not say vocab_size; give"):
+        convert(copy, tmp_path / "out")
+    by_hand = convert(copy, tmp_path / "out", given={"vocab_size": 320})
+    by_tokenizer = convert(copy, tmp_path / "out", tokenizer=tokenizer)
+    for tensors in (by_hand, by_tokenizer):
+        assert tensors["lm_head.weight"].shape == (320, 64)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| trained on | 1,792 tokens in 7 steps |" in card
+    assert "## Recipe" not in card
+
+
+def test_a_tokenizer_of_another_vocabulary(
+    runs: dict[str, Path], tmp_path: Path, tokenizer: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    larger = AutoTokenizer.from_pretrained(tokenizer)
+    larger.add_tokens([f"<{i}>" for i in range(100)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(UserError, match=r"has shape \(384, 64\), .* tokenizer mean \(420, 64\)"):
+        convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "larger")
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    smaller = {key: id for key, id in content["model"]["vocab"].items() if id < 250}
+    content["model"] |= {"vocab": smaller, "merges": []}
+    shutil.copytree(tokenizer, tmp_path / "smaller")
+    (tmp_path / "smaller" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has 250 ids and .* 384 rows, 128 of which at most"):
+        convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "smaller")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_differs_never_gets_its_name(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(writer: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
+        whole(writer, name, tensor + 1 if name == "model.norm.weight" else tensor)
+
+    whole = SafetensorsWriter.write
+    lines: list[str] = []
+    convert_to_hf(runs["gqa"], tmp_path / "good", check=True, progress=lines.append)
+    assert any("same token 100.00%" in line for line in lines)
+    monkeypatch.setattr(SafetensorsWriter, "write", faulty)
+    with pytest.raises(VerifyError, match=r"1 tensor\(s\) differ; .* is model\.norm\.weight"):
+        convert(runs["gqa"], tmp_path / "bad", check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from megatron_xielu.checkpoint import to_hf\n"
+        "to_hf.generation_config = lambda tokens: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"to_hf.convert_to_hf(Path({str(runs['gqa'])!r}), Path({str(out)!r}))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    lines: list[str] = []
+    convert_to_hf(runs["gqa"], out, progress=lines.append)
+    assert any(".out.new-" in line and "interrupted run" in line for line in lines)
+    assert (out / MANIFEST).is_file()
 
 
 def test_tied_embeddings_are_written_once(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -219,15 +350,13 @@ def with_recipe(run: Path, recipe: Recipe) -> Path:
     return run
 
 
-def test_what_arcee_cannot_hold_is_refused_with_every_reason(
+def test_what_a_class_cannot_hold_is_refused_with_every_reason(
     copy_run: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    recipe = recipe_of("gqa")
-    model = replace(recipe.model, qk_layernorm=True, hidden_size=66, head_dim=16)
-    run = with_recipe(copy_run("gqa"), replace(recipe, model=model, xielu=Xielu(beta=0.4)))
+    run = with_recipe(copy_run("gqa"), replace(recipe_of("gqa"), xielu=Xielu(beta=0.4)))
     with pytest.raises(UserError) as error:
-        convert(run, tmp_path / "out")
-    for reason in ("beta=0.4", "Arcee has no QK-norm", "66 is no multiple of"):
+        convert(run, tmp_path / "out", arch="apertus")
+    for reason in ("beta=0.4", "ApertusForCausalLM always normalizes queries and keys"):
         assert reason in str(error.value)
     assert not (tmp_path / "out").exists()
 

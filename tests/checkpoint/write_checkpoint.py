@@ -79,13 +79,10 @@ def build_model(args: Any) -> torch.nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.models.gpt import default_layer_spec
 
     from megatron_xielu.mcore.hybrid import finish_norms, xielu_hybrid_spec
-    from megatron_xielu.mcore.layer_specs import use_torch_kernels, xielu_layer_spec
-    from megatron_xielu.mcore.norm import RMSNorm
+    from megatron_xielu.mcore.layer_specs import stock_layer_spec, xielu_layer_spec
 
     config = gpt_config_from_args(args)
     transformer = config.transformer
@@ -109,12 +106,8 @@ def build_model(args: Any) -> torch.nn.Module:
         )
         finish_norms([model])
         return model
-    if args.swiglu or args.squared_relu:
-        layer = default_layer_spec(config, None)
-        use_torch_kernels(layer.submodules, transformer)
-        spec = TransformerBlockSubmodules([layer] * transformer.num_layers, layer_norm=RMSNorm)
-    else:
-        spec = xielu_layer_spec(config)
+    stock = args.swiglu or args.squared_relu
+    spec = stock_layer_spec(config) if stock else xielu_layer_spec(config)
     return GPTModel(
         transformer_layer_spec=spec,
         rope_scaling=args.use_rope_scaling,

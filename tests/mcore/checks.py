@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from megatron_xielu.recipes import load_recipe, megatron_args
 
 
 def config(**changes: Any) -> Any:
@@ -247,6 +251,54 @@ def the_cpu_platform_answers_for_cuda() -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         assert not torch.cuda.is_current_stream_capturing()
+
+
+def rope_is_scaled_by_the_factor() -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_xielu.mcore import patches
+    from megatron_xielu.mcore.activation import XIELUPlaceholder
+    from megatron_xielu.mcore.model_config import model_config
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    for factor in (None, 8.0, 32.0):
+        with patches.command_line(_argv(factor)):
+            args = validate_args(parse_args())
+        model = GPTModelBuilder(model_config(args, XIELUPlaceholder())).build_model(groups)
+        expected = torch.tensor(_llama3_frequencies(500_000.0, 64, factor), dtype=torch.float64)
+        got = model.rotary_pos_emb.inv_freq.double()
+        # fp32 raises theta to a power, which magnifies a rounding of it by ln(theta)
+        close = 2 * math.log(500_000.0) * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(got, expected, rtol=close, atol=0)
+
+
+def _argv(factor: float | None) -> list[str]:
+    given = ["model.num_layers=1", "model.vocab_size=64", "model.head_dim=64"]
+    given += ["model.rope_theta=500000", "parallel.tensor_model_parallel_size=1"]
+    given += ["logging.eval_iters=0"]
+    scaled = [] if factor is None else [f"model.rope_scaling_factor={factor}"]
+    return megatron_args(
+        load_recipe("tiny", [*given, *scaled]),
+        world_size=1,
+        device="cpu",
+        run_dir=Path("run"),
+        precision="fp32",
+        transformer_impl="local",
+    )
+
+
+def _llama3_frequencies(theta: float, size: int, factor: float | None) -> list[float]:
+    """Llama 3.1's rule for a model trained on 8,192 tokens: slow waves are slowed further."""
+    frequencies = []
+    for channel in range(0, size, 2):
+        frequency = theta ** (-channel / size)
+        waves = 8192 * frequency / (2 * math.pi)
+        kept = min(max((waves - 1) / (4 - 1), 0.0), 1.0)
+        scaled = frequency if factor is None else frequency / factor
+        frequencies.append(kept * frequency + (1 - kept) * scaled)
+    return frequencies
 
 
 def tensor_parallel_ranks_draw_different_weights() -> None:

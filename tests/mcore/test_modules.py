@@ -25,6 +25,7 @@ ONE_RANK = (
     "a_module_without_room_for_alphas_is_named",
     "multi_token_prediction_is_reached_by_the_hook",
     "settings_reach_the_modules",
+    "rope_is_scaled_by_the_factor",
     "attention_equals_megatrons",
     "attention_hands_back_what_torch_cannot_do",
     "optimizer_equals_torchs_adamw",

@@ -81,6 +81,19 @@ def test_paper_presets_are_the_papers_runs() -> None:
     assert large.parallel.sequence_parallel
 
 
+@pytest.mark.parametrize("size", ["1.1b", "3b"])
+def test_the_presets_of_the_baselines_differ_in_the_mlp_alone(size: str) -> None:
+    ours = load_recipe(f"llama-{size}-xielu")
+    width = ours.model.ffn_hidden_size
+    for activation in ("swiglu", "relu2"):
+        narrower = [f"model.ffn_hidden_size: {width} -> {width * 2 // 3}"]
+        assert diff(ours, load_recipe(f"llama-{size}-{activation}")) == [
+            f"name: 'llama-{size}-xielu' -> 'llama-{size}-{activation}'",
+            *(narrower if activation == "swiglu" else []),
+            f"model.activation: 'xielu' -> '{activation}'",
+        ]
+
+
 def test_overrides_are_yaml_values() -> None:
     recipe = load_recipe(
         "tiny",

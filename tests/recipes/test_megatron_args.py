@@ -41,6 +41,7 @@ UNPARSED: dict[str, set[str]] = {section: set() for section in SAME_NAMES} | {
         "activation",
         "tie_embeddings",
         "rope_theta",
+        "rope_scaling_factor",
         "transformer_impl",
     },
     "training": {"precision"},
@@ -90,6 +91,7 @@ def test_megatron_reads_back_the_recipe(
         for field in sorted(set(values) - UNPARSED[section]):
             assert getattr(args, renamed.get(field, field)) == values[field], f"{section}.{field}"
     assert args.rotary_base == recipe.model.rope_theta
+    assert not args.use_rope_scaling
     assert args.kv_channels * args.num_attention_heads == args.hidden_size
     assert args.untie_embeddings_and_output_weights is not recipe.model.tie_embeddings
     assert args.max_position_embeddings == args.seq_length == recipe.model.seq_length
@@ -115,6 +117,7 @@ def test_options_reach_their_flags(parser: argparse.ArgumentParser) -> None:
         "model.num_query_groups=2",
         "model.head_dim=64",
         "model.qk_layernorm=true",
+        "model.rope_scaling_factor=32",
         "model.tie_embeddings=false",
         "parallel.use_distributed_optimizer=false",
         "parallel.sequence_parallel=true",
@@ -125,6 +128,7 @@ def test_options_reach_their_flags(parser: argparse.ArgumentParser) -> None:
     assert args.num_query_groups == 2
     assert args.kv_channels == 64
     assert args.qk_layernorm
+    assert (args.use_rope_scaling, args.rope_scaling_factor) == (True, 32.0)
     assert args.sequence_parallel
     assert args.untie_embeddings_and_output_weights
     assert args.gradient_accumulation_fusion

@@ -13,11 +13,13 @@ from megatron_xielu.recipes import (
     validate,
 )
 
+# the batch of 440 goes with these alone; 16, 32 and 64 are not among them
+SIZES_1B = {1, 2, 4, 8, 11, 22, 44, 88}
+SIZES_3B = {2, 4, 8, 16, 32, 64, 128, 256}
 WORLD_SIZES = {
     "tiny": {2},
-    # the batch of 440 goes with these alone; 16, 32 and 64 are not among them
-    "llama-1.1b-xielu": {1, 2, 4, 8, 11, 22, 44, 88},
-    "llama-3b-xielu": {2, 4, 8, 16, 32, 64, 128, 256},
+    **{f"llama-1.1b-{activation}": SIZES_1B for activation in ("xielu", "swiglu", "relu2")},
+    **{f"llama-3b-{activation}": SIZES_3B for activation in ("xielu", "swiglu", "relu2")},
 }
 # what the messages below name, whatever the preset is tuned to
 BASE = [
@@ -101,6 +103,11 @@ RULES = [
         2,
         "model.rope_theta=10000.5 must be a whole number, as Megatron's --rotary-base is; "
         "nearest legal: 10000",
+    ),
+    (
+        ["model.rope_scaling_factor=0.5"],
+        2,
+        "model.rope_scaling_factor=0.5 must be at least 1; nearest legal: 1",
     ),
     (
         ["model.ffn_hidden_size=769"],

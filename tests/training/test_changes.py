@@ -8,7 +8,7 @@ import pytest
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import diff, load_recipe
-from megatron_xielu.training.changes import check_changes
+from megatron_xielu.training.changes import check_changes, megatron_names
 
 FOLDER = Path("runs/a")
 IN_RESULT = {
@@ -33,6 +33,16 @@ def test_what_changes_the_result_is_asked_for(key: str, value: str) -> None:
         check_changes(changes, FOLDER, [])
     assert f"  {changes[0]}  (--allow-changed {key})" in str(caught.value).splitlines()
     check_changes(changes, FOLDER, [key])
+
+
+def test_another_scaling_of_rope_is_asked_for() -> None:
+    changes = diff(load_recipe("tiny"), load_recipe("tiny", ["model.rope_scaling_factor=8"]))
+    with pytest.raises(UserError, match=r"--allow-changed model\.rope_scaling_factor"):
+        check_changes(changes, FOLDER, [])
+    assert megatron_names(["model.rope_scaling_factor"]) == {
+        "use_rope_scaling",
+        "rope_scaling_factor",
+    }
 
 
 def test_to_bf16_and_back_is_one_key() -> None:

@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_xielu.checkpoint.architecture import Architecture
 from megatron_xielu.checkpoint.manifest import MANIFEST
-from megatron_xielu.checkpoint.mapping import Dims, locate, read_weight
+from megatron_xielu.checkpoint.mapping import locate, read_weight
 from megatron_xielu.checkpoint.store import LATEST
+from megatron_xielu.checkpoint.targets import TARGETS
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.recipes import load_recipe
 from tests.training.test_pretrain import command, metrics, run, saved
@@ -103,12 +105,12 @@ def test_they_can_be_exported(finished: Path, tmp_path: Path) -> None:
     alphas = old_form(finished / "checkpoints/iter_0000005", target, flat=True)
     recipe = load_recipe(str(finished / "recipe.yaml"))
     assert recipe.model.vocab_size is not None
-    dims = Dims.of(recipe, recipe.model.vocab_size)
+    arch = Architecture.of_recipe(recipe, recipe.model.vocab_size)
     reader = TorchDistReader(target)
     found = {}
-    for placement in locate(reader, dims):
+    for placement in locate(reader, arch):
         if placement.entry.flat:
-            found[placement.hf_names[0]] = read_weight(reader, placement, dims)
+            found[placement.hf_names(TARGETS["arcee"])[0]] = read_weight(reader, placement, arch)
     assert len(found) == 2 * LAYERS
     for name, sign in ALPHAS.items():
         for layer in range(LAYERS):

@@ -161,6 +161,16 @@ def test_without_a_peak_there_is_no_mfu(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["mfu"] is None
 
 
+def test_a_run_without_alphas_shows_none(tmp_path: Path) -> None:
+    report, out, _ = reporter(tmp_path, with_alphas=False)
+    report.step(metrics(1, alpha_p=(), alpha_n=()))
+    legend, heads, line = out.getvalue().splitlines()
+    assert "a_p" not in legend + heads
+    assert cell_ends(line) == cell_ends(heads)
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["alpha_p"] == record["alpha_n"] == []
+
+
 def test_heads_come_back_every_25_lines(tmp_path: Path) -> None:
     report, out, _ = reporter(tmp_path)
     for step in range(1, 61):
