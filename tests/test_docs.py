@@ -41,11 +41,27 @@ def test_bench_commands_exist(document: Path) -> None:
         assert args.run is cli._bench, line
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_convert_commands_exist(document: Path) -> None:
-    text = document.read_text(encoding="utf-8")
-    for line in re.findall(r"^megatron-xielu (convert .*)$", text, re.MULTILINE):
+def test_convert_commands_exist() -> None:
+    lines = [
+        line
+        for document in DOCUMENTS
+        for line in re.findall(
+            r"^megatron-xielu ((?:convert|verify) .*)$", document.read_text("utf-8"), re.MULTILINE
+        )
+    ]
+    assert len(lines) >= 5
+    for line in lines:
         cli._parser().parse_args(line.split())
+    options = (ROOT / "docs/convert.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\| `(--[a-z-]+)", options, re.MULTILINE))
+    help_text = subprocess.run(
+        [sys.executable, "-m", "megatron_xielu", "convert", "to-hf", "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown == set(re.findall(r"^  (--[a-z-]+)", help_text, re.MULTILINE))
 
 
 def test_cpu_figures_are_those_of_the_table() -> None:

@@ -36,6 +36,8 @@ _PRE_TOKENIZERS = {
     _TEKKEN: ("tekken", True),
 }
 
+_Rows = dict[int, tuple[str, TokenType]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTokenizer:
@@ -84,8 +86,8 @@ def read_tokenizer(hf_dir: Path, vocab_size: int) -> GgufTokenizer:
     ids = loaded("a").input_ids
     common: dict[str, Any] = {
         "special": {role: id_ for role, id_ in roles.items() if id_ is not None},
-        "add_bos": ids[0] == roles["bos"],
-        "add_eos": ids[-1] == roles["eos"],
+        "add_bos": ids[:1] == [roles["bos"]],
+        "add_eos": ids[-1:] == [roles["eos"]],
         "chat_template": loaded.chat_template,
     }
     added = {
@@ -97,11 +99,8 @@ def read_tokenizer(hf_dir: Path, vocab_size: int) -> GgufTokenizer:
     return _byte_level(hf_dir / BPE_FILE, vocab_size, added, common)
 
 
-_Added = dict[int, tuple[str, TokenType]]
-
-
 def _sentencepiece(
-    path: Path, vocab_size: int, added: _Added, common: dict[str, Any]
+    path: Path, vocab_size: int, added: _Rows, common: dict[str, Any]
 ) -> GgufTokenizer:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -151,9 +150,7 @@ def _sentencepiece(
     )
 
 
-def _byte_level(
-    path: Path, vocab_size: int, added: _Added, common: dict[str, Any]
-) -> GgufTokenizer:
+def _byte_level(path: Path, vocab_size: int, added: _Rows, common: dict[str, Any]) -> GgufTokenizer:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         model = content["model"]
@@ -208,9 +205,7 @@ def _pre_tokenizer(path: Path, content: dict[str, Any]) -> str:
     return name
 
 
-def _rows(
-    path: Path, vocab_size: int, own: dict[int, tuple[str, TokenType]], added: _Added
-) -> tuple[list[bytes], list[int]]:
+def _rows(path: Path, vocab_size: int, own: _Rows, added: _Rows) -> tuple[list[bytes], list[int]]:
     """Text and type of every id of the model; what the tokenizer lacks is marked as unused."""
     known = own | added
     if max(known) >= vocab_size:

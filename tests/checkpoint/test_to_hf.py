@@ -18,11 +18,14 @@ from checkpoint_layouts import LAYOUTS, recipe_of
 from safetensors.torch import load_file
 from write_checkpoint import weight_of
 
+from megatron_xielu.checkpoint import verify
+from megatron_xielu.checkpoint.mapping import XIELU_CONSTANTS
 from megatron_xielu.checkpoint.run import arguments_of
 from megatron_xielu.checkpoint.safetensors_file import SafetensorsWriter
 from megatron_xielu.checkpoint.to_hf import MANIFEST, convert_to_hf
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.checkpoint.verify import VerifyError
+from megatron_xielu.cli import main
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import Recipe, to_yaml
 from megatron_xielu.recipes.schema import Xielu
@@ -387,6 +390,35 @@ def test_bad_arguments(
         convert(run, tmp_path / "out")
     shutil.rmtree(tmp_path / "empty")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gqa"]
+
+
+def test_the_command_and_its_exit_codes(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    command = ["convert", "to-hf", str(runs["apertus-tied-tp2"]), str(out)]
+    assert main([*command, "--untie", "--max-shard-size", "0.2MB", "--dtype", "bf16"]) == 0
+    printed = capsys.readouterr()
+    assert "as ApertusForCausalLM: " in printed.out
+    assert "rounded to the shorter type" in printed.out
+    # the bar is for terminals
+    assert printed.err == ""
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    (tmp_path / "empty").mkdir()
+    assert main(["convert", "to-hf", str(tmp_path / "empty"), str(tmp_path / "x")]) == 2
+    assert "empty has no checkpoint yet" in capsys.readouterr().err
+    assert main([*command, "--arg", "rotary_base=1"]) == 2
+    for wrong in (["--max-shard-size", "big"], ["--max-shard-size", "0"], ["--arg", "rotary_base"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, *wrong])
+    monkeypatch.setitem(XIELU_CONSTANTS, "model.layers.{i}.mlp.act_fn.beta", 0.25)
+    monkeypatch.setattr(verify, "compare_tensors", lambda one, other: {})
+    assert main([*command[:3], str(tmp_path / "wrong")]) == 1
+    assert "verification failed, nothing was written: The two compute" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
 def test_model_card(copy_run: Callable[[str], Path], tokenizer: Path, tmp_path: Path) -> None:

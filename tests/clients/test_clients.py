@@ -82,7 +82,7 @@ def test_transformers(exports: dict[str, Export], record: Record, model: str) ->
             for prompt in export.prompts
         ]
     record.runs(
-        "transformers",
+        "transformers 5",
         transformers.__version__,
         model,
         Figure("logits", difference(logits, export.logits), ROUNDED_ALPHAS if rounds else EXACT),
@@ -130,7 +130,7 @@ def test_transformers_4(
         rounded = [same(torch.tensor([prompt])).logits[0] for prompt in export.prompts]
     assert found["alphas"] == "torch.bfloat16"
     record.runs(
-        "transformers, older",
+        "transformers 4",
         found["version"],
         model,
         Figure("logits", difference(found["logits"], export.logits), ROUNDED_ALPHAS),
@@ -171,7 +171,7 @@ def test_llama_cpp(
     else:
         lost = divergence(found["log_probabilities"], expected)
         figures = [Figure("nats lost per token", lost, limit)]
-    record.runs(f"llama.cpp, {dtype}", found["version"], model, *figures)
+    record.runs(f"llama.cpp in xllamacpp, {dtype}", found["version"], model, *figures)
 
 
 def divergence(found: list[Any], expected: list[Tensor]) -> float:
@@ -188,7 +188,7 @@ def test_llama_cpp_has_no_xielu_for_arcee(
         convert_to_gguf(exports[ARCEE].folder, tmp_path / "out.gguf")
     words = "`convert to-gguf` says why"
     for dtype in ("f32", "bf16", "q8_0"):
-        client = f"llama.cpp, {dtype}"
+        client = f"llama.cpp in xllamacpp, {dtype}"
         record.refuses(client, pins("llama-cpp")["xllamacpp"], ARCEE, words)
 
 
