@@ -27,14 +27,14 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama.cpp's name of a pre-tokenizer by its regular expression, None being GPT-2's, which the
-# tokenizers library has built in; and whether it takes a whole word that is a token as that token
-# without merging (HF's ignore_merges), which llama.cpp decides by the name too
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     None: ("gpt-2", False),
     _LLAMA_3: ("llama-bpe", True),
     _TEKKEN: ("tekken", True),
 }
+"""llama.cpp's name of a pre-tokenizer by its regular expression, None being GPT-2's, which the
+tokenizers library has built in; and whether it takes a whole word that is a token as that token
+without merging (ignore_merges), which llama.cpp decides by the name too."""
 
 _Rows = dict[int, tuple[str, TokenType]]
 
@@ -187,16 +187,16 @@ def _pre_tokenizer(path: Path, content: dict[str, Any]) -> str:
         case [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
             {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
-        ] if pattern in _PRE_TOKENIZERS:
+        ] if pattern in PRE_TOKENIZERS:
             pass
         case _:
-            names = ", ".join(name for name, _ in _PRE_TOKENIZERS.values())
+            names = ", ".join(name for name, _ in PRE_TOKENIZERS.values())
             raise UserError(
                 f"{path}: the pre-tokenizer {json.dumps(pre)[:300]} is none that llama.cpp has a "
                 f"name for (written are {names}), so it would split text elsewhere and give other "
                 f"ids. {advice}"
             )
-    name, ignores = _PRE_TOKENIZERS[pattern]
+    name, ignores = PRE_TOKENIZERS[pattern]
     if bool(content["model"].get("ignore_merges")) != ignores:
         raise UserError(
             f"{path}: ignore_merges must be {str(ignores).lower()}, as llama.cpp merges with the "

@@ -8,7 +8,6 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from megatron_xielu.checkpoint import gguf_tokenizer
 from megatron_xielu.checkpoint.to_gguf import convert_to_gguf
 from tests.clients.conftest import APERTUS, Export
 from tests.clients.environments import answer
@@ -33,8 +32,10 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from megatron_xielu.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
+
     folders = {}
-    for pattern, (name, ignore_merges) in gguf_tokenizer._PRE_TOKENIZERS.items():
+    for pattern, (name, ignore_merges) in PRE_TOKENIZERS.items():
         backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
         splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
         if pattern is not None:
