@@ -100,8 +100,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[s
     }
     for index, changes in enumerate(models.values()):
         recipe = recipe_of("gqa")
-        # vLLM has attention for some sizes of a head only, 16 is not one of them
-        model = replace(recipe.model, seq_length=64, head_dim=32, **changes)
+        # heads of 32: vLLM has no attention for 16, and mlx-lm demands hidden_size / heads
+        model = replace(recipe.model, hidden_size=128, seq_length=64, **changes)
         recipe = replace(recipe, model=model)
         (root / f"run{index}").mkdir()
         (root / f"run{index}" / "recipe.yaml").write_text(to_yaml(recipe))

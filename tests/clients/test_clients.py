@@ -75,6 +75,7 @@ def test_transformers(exports: dict[str, Export], record: Record, model: str) ->
         logits = [stock(torch.tensor([prompt])).logits[0] for prompt in export.prompts]
         exact = load_exact(export.folder)
         restored = [exact(torch.tensor([prompt])).logits[0] for prompt in export.prompts]
+        # no id is padding, or a prompt that holds it would be cut
         generated = [
             exact.generate(
                 torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=-1
@@ -108,11 +109,12 @@ def test_fine_tuning_with_transformers_moves_every_alpha(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if len(losses) == 1:
+            moved = {name: (p - before[name]).abs().item() for name, p in alphas.items()}
     print(f"\n{model}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < losses[0]
-    # a step of Adam is about the learning rate; five may partly cancel
-    moved = {name: (p - before[name]).abs().item() for name, p in alphas.items()}
-    assert all(1e-4 < distance < 6e-3 for distance in moved.values()), moved
+    # Adam's first step is the learning rate, whatever the gradient
+    assert moved == {name: pytest.approx(1e-3, rel=1e-2) for name in alphas}
 
 
 @pytest.mark.parametrize("model", ALL)
@@ -151,8 +153,8 @@ def log_probabilities(export: Export) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("model", [APERTUS, TIED])
-# nats per token that the smaller weights cost; measured, with room for other processors
-@pytest.mark.parametrize(("dtype", "limit"), [("f32", 0), ("bf16", 2e-3), ("q8_0", 2e-2)])
+# for smaller weights in nats per token; measured, with room for other processors
+@pytest.mark.parametrize(("dtype", "limit"), [("f32", EXACT), ("bf16", 2e-3), ("q8_0", 2e-2)])
 def test_llama_cpp(
     exports: dict[str, Export],
     record: Record,
@@ -166,7 +168,7 @@ def test_llama_cpp(
     expected = log_probabilities(export)
     if dtype == "f32":
         largest = difference(found["log_probabilities"], expected)
-        figures = [Figure("log-probabilities", largest, EXACT)]
+        figures = [Figure("log-probabilities", largest, limit)]
         figures.append(other_texts(found["greedy"], export.greedy))
     else:
         lost = divergence(found["log_probabilities"], expected)
