@@ -400,7 +400,7 @@ def test_the_command_and_its_exit_codes(
 ) -> None:
     out = tmp_path / "out"
     command = ["convert", "to-hf", str(runs["apertus-tied-tp2"]), str(out)]
-    assert main([*command, "--untie", "--max-shard-size", "0.2MB", "--dtype", "bf16"]) == 0
+    assert main([*command, "--untie", "--max-shard-size", "50KB", "--dtype", "bf16"]) == 0
     printed = capsys.readouterr()
     assert "as ApertusForCausalLM: " in printed.out
     assert "rounded to the shorter type" in printed.out
