@@ -1,7 +1,7 @@
 """Programs of others compute from an export what Megatron computes from its checkpoint.
 
 Logits are compared in fp32 with Megatron's own. 1e-4 is above what fp32 sums in another order
-differ by (about 1e-5 here) and below what any fault in the activation does; the last tests show
+differ by (up to 4e-5 here) and below what any fault in the activation does; the last tests show
 that. Run by `make test-clients`; docs/clients.md's table is made of what these tests saw.
 """
 
