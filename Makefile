@@ -4,10 +4,10 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart lint types test test-all bench clean
+.PHONY: help venv quickstart lint types test test-clients test-all bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: ## make or update .venv (does nothing when it is up to date)
 	@tools/bootstrap.sh
@@ -22,8 +22,11 @@ lint: venv ## ruff: rules and format
 types: venv ## mypy over the package
 	$(PYTHON_IN_VENV) -m mypy
 
-test: lint types ## lint, types and the tests, without the slow ones
-	$(PYTHON_IN_VENV) -m pytest -m "not slow" $(ARGS)
+test: lint types ## lint, types and the tests, without the slow ones and other people's programs
+	$(PYTHON_IN_VENV) -m pytest -m "not slow and not clients" $(ARGS)
+
+test-clients: venv ## an export in transformers, llama.cpp, mlx-lm and lm-eval (fetched once)
+	$(PYTHON_IN_VENV) -m pytest -m clients $(ARGS)
 
 test-all: lint types ## lint, types and every test this machine can run
 	$(PYTHON_IN_VENV) -m pytest $(ARGS)

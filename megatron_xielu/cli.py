@@ -54,7 +54,7 @@ def _refuse(message: str) -> int:
 
 def _extra(error: ModuleNotFoundError) -> str:
     extras = {"yaml": "recipes", "transformers": "hf", "tokenizers": "hf", "safetensors": "hf"}
-    extras["matplotlib"] = "plot"
+    extras |= {"matplotlib": "plot", "gguf": "gguf", "sentencepiece": "gguf", "google": "gguf"}
     return f"'megatron-xielu[{extras.get((error.name or '').partition('.')[0], 'megatron')}]'"
 
 
@@ -136,6 +136,12 @@ def _convert_from_hf(args: argparse.Namespace) -> int:
         print(f"verification failed, nothing was written: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _convert_to_gguf(args: argparse.Namespace) -> None:
+    from megatron_xielu.checkpoint.to_gguf import convert_to_gguf
+
+    convert_to_gguf(args.hf_dir, args.out, dtype=args.dtype, tokenizer=not args.no_tokenizer)
 
 
 def _checkpoint_ls(args: argparse.Namespace) -> None:
@@ -340,6 +346,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_arg(command)
     command.set_defaults(run=_convert_to_hf)
+    command = formats.add_parser("to-gguf", help="of an Apertus folder, for llama.cpp")
+    command.add_argument("hf_dir", type=Path, help="a Hugging Face folder, such as to-hf writes")
+    command.add_argument("out", type=Path, help="the .gguf file to write")
+    command.add_argument(
+        "--dtype", choices=("f32", "bf16", "q8_0"), help="of the matrices (default: the folder's)"
+    )
+    command.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
+    command.set_defaults(run=_convert_to_gguf)
 
     command = formats.add_parser("from-hf", help="a Hugging Face folder to a run to train on")
     command.add_argument("hf_dir", type=Path, help="with safetensors files")

@@ -1,4 +1,4 @@
-"""Write a folder beside its final place, then rename it: it appears complete or not at all."""
+"""Write a folder or a file beside its final place, then rename it: complete or not at all."""
 
 from __future__ import annotations
 
@@ -34,6 +34,27 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yields a path beside `target` for a file that takes its place when the block succeeds.
+
+    If the block fails nothing is left. The file is on disk before it becomes visible.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written to.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _sibling(target, "new")
+    try:
+        yield partial
+        _sync_one(partial)
+        partial.rename(target)
+        _sync_one(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def leftovers(target: Path) -> list[Path]:
     """What writers of `target` left that were killed, or that are still at work."""
     target = target.resolve()
@@ -47,11 +68,15 @@ def _sibling(target: Path, purpose: str) -> Path:
 def _sync(folder: Path) -> None:
     """Wait until a folder, its files and its folders are on disk."""
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _move(partial: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""A folder appears complete or not at all."""
+"""A folder or a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_xielu.folders import leftovers, new_folder
+from megatron_xielu.folders import leftovers, new_file, new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -39,6 +39,19 @@ def test_failed_block_changes_nothing(target: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write()
     assert (names(target), names(target.parent)) == (["old"], ["out"])
+
+
+def test_a_file_replaces_or_leaves_nothing(target: Path) -> None:
+    def write(text: str, fail: bool) -> None:
+        with new_file(target / "old") as partial:
+            partial.write_text(text)
+            if fail:
+                raise KeyboardInterrupt
+
+    write("new", fail=False)
+    with pytest.raises(KeyboardInterrupt):
+        write("newer", fail=True)
+    assert (names(target), (target / "old").read_text()) == (["old"], "new")
 
 
 def test_failed_replacement_changes_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

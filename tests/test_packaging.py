@@ -26,6 +26,7 @@ CORE = [Requirement(text) for text in PROJECT["dependencies"]]
 ALL = [*CORE, *(requirement for extra in EXTRAS.values() for requirement in extra)]
 # the distributions that bring modules of another name
 DISTRIBUTIONS = {
+    "google": "protobuf",
     "megatron": "megatron-core",
     "transformer_engine": "transformer-engine",
     "yaml": "pyyaml",

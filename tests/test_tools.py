@@ -56,6 +56,28 @@ def test_the_fp8_curves_are_drawn_from_the_table_in_the_documents(tmp_path: Path
     assert done.stdout in (ROOT / "docs/fp8-emulation.md").read_text(encoding="utf-8")
 
 
+def test_the_clients_table_in_the_documents_is_what_was_seen(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    record = json.loads((ROOT / "docs/benchmarks/clients.json").read_text())
+    page = (ROOT / "docs/clients.md").read_text(encoding="utf-8")
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, str(tmp_path / "tools/clients_table.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert f"begins -->\n{run()}<!-- the table ends" in page
+    (client,) = [name for name in record if name.startswith("mlx")]
+    record[client]["models"]["Arcee"] = {"figures": [{"name": "logits", "value": 5e-5, "limit": 1}]}
+    (tmp_path / "seen.json").write_text(json.dumps({client: record[client]}))
+    run(str(tmp_path / "seen.json"))
+    changed = (tmp_path / "docs/clients.md").read_text(encoding="utf-8")
+    differing = set(changed.splitlines()) ^ set(page.splitlines())
+    assert len(differing) == 2
+    assert all(line.startswith(f"| {client} |") for line in differing)
+    assert any("| yes: logits 5.0e-05 |" in line for line in differing)
+
+
 @pytest.mark.slow
 def test_an_fp8_run_reports_every_interval(tmp_path: Path) -> None:
     from megatron_xielu.data.prepare import prepare

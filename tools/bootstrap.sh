@@ -14,7 +14,7 @@ here=$(pwd -P)
 venv=.venv
 stamp=$venv/stamp
 log=$venv/bootstrap.log
-extras=megatron,hf,plot,dev
+extras=megatron,hf,gguf,plot,dev
 # measured on Linux x86-64 with torch 2.13.0: .venv, and the most that was taken while pip worked
 environment_mb=5300
 peak_mb=6900

@@ -176,7 +176,8 @@ _CLIENTS = {
 | transformers 4.57.6 | loads; rounds the alphas to bf16 in every dtype |
 | vLLM 0.32 | its own class; rounds the alphas to bf16, and float16 fails |
 | SGLang 0.5.23 | its own class (read in its source, not run) |
-| llama.cpp | converts and runs; tied embeddings must be untied first (`--untie`) |
+| llama.cpp | runs what `megatron-xielu convert to-gguf` makes of this folder; its own converter \
+leaves tied embeddings out, which it then demands |
 | mlx-lm 0.32 | loads |
 | lm-eval 0.4.13 | `--model hf` |
 """
