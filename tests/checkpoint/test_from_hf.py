@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from megatron_xielu.checkpoint.to_hf import convert_to_hf
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import load_recipe
+from tests.limits import file_limit
 
 PROMPTS = [[5], [1, 2, 3], [7, 200, 11, 42, 42, 0, 199, 499, 3, 17, 8, 9], list(range(100, 132))]
 
@@ -301,22 +300,11 @@ def test_an_existing_folder_stays(folders: dict[str, Path], tmp_path: Path) -> N
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-@pytest.fixture
-def file_limit() -> Iterator[None]:
-    """The system refuses files above 100 kB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.usefixtures("file_limit")
 def test_a_write_that_fails_leaves_nothing(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refuse(folders["arcee"], tmp_path / "out", "could not be written: [Errno 27]", capsys)
+    with file_limit(100_000):
+        refuse(folders["arcee"], tmp_path / "out", "could not be written: [Errno 27]", capsys)
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(

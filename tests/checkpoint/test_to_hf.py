@@ -375,7 +375,10 @@ def test_a_recipe_edited_after_training_is_refused(
 
 
 def test_bad_arguments(
-    copy_run: Callable[[str], Path], runs: dict[str, Path], tmp_path: Path
+    copy_run: Callable[[str], Path],
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UserError, match=r"dtype 'fp16' is none of auto, fp32, bf16"):
         convert(runs["gqa"], tmp_path / "out", dtype="fp16")
@@ -386,6 +389,7 @@ def test_bad_arguments(
     run = with_recipe(
         copy_run("gqa"), replace(recipe, model=replace(recipe.model, vocab_size=None))
     )
+    monkeypatch.setattr(TorchDistReader, "common_state", lambda _: {})
     with pytest.raises(UserError, match=r"vocabulary's size is unknown"):
         convert(run, tmp_path / "out")
     shutil.rmtree(tmp_path / "empty")

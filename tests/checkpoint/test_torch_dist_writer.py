@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from torch import Tensor
 from megatron_xielu.checkpoint import manifest, torch_dist_writer
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.checkpoint.torch_dist_writer import Part, write_checkpoint
+from tests.limits import file_limit
 
 STATE = {"iteration": 0, "args": argparse.Namespace(num_layers=2)}
 WHOLE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -59,19 +57,8 @@ def test_torch_reads_what_is_written(
     assert sum(files[name].size for name in data) < 10_000
 
 
-@pytest.fixture
-def at_most_300_bytes_a_file() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.usefixtures("at_most_300_bytes_a_file")
 def test_a_write_that_fails_is_an_os_error_and_leaves_no_index(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="File too large"):
+    with file_limit(300), pytest.raises(OSError, match="File too large"):
         write_checkpoint(tmp_path, parts(), STATE)
     assert not (tmp_path / ".metadata").exists()
 

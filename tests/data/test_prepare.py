@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -443,15 +442,9 @@ def test_full_disk_leaves_the_old_folder(
 def test_file_size_limit_leaves_the_old_folder(copy: DatasetInfo, text_file: Path) -> None:
     """The same where nobody may mount: the system refuses files above 100 kB."""
     before = digests(copy.path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(
-            UserError, match=r"cannot write .*: File too large\. Nothing was changed"
-        ):
-            prepare(copy.path, inputs=[text_file], vocab_size=512, force=True, progress=silent)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"cannot write .*: File too large\. Nothing was changed"
+    with file_limit(100_000), pytest.raises(UserError, match=message):
+        prepare(copy.path, inputs=[text_file], vocab_size=512, force=True, progress=silent)
     assert digests(copy.path) == before
     assert [path.name for path in copy.path.parent.iterdir()] == ["copy"]
 
@@ -460,6 +453,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_xielu.data.prepare import prepare
+from tests.limits import file_limit
 
 def progress(line):
     if line.startswith("tokenizer"):

@@ -6,10 +6,7 @@ import io
 import json
 import math
 import re
-import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from megatron_xielu.errors import UserError
 from megatron_xielu.training import step_line
 from megatron_xielu.training.report import Reporter, StepMetrics, read_metrics
+from tests.limits import file_limit
 
 TOKENS_PER_STEP = 1_835_008
 CELL = re.compile(r"\S+(?: \S+)*")
@@ -65,17 +63,6 @@ def cells(line: str) -> list[str]:
 
 def cell_ends(line: str) -> list[int]:
     return [match.end() for match in CELL.finditer(line)]
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file can grow beyond 100 bytes: writing more fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 STRANGE = [
@@ -327,7 +314,7 @@ def test_an_evaluation_that_a_restart_repeats_is_recorded_once(tmp_path: Path) -
 def test_a_full_disk_at_resume_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = killed_run(tmp_path)
     before = path.read_bytes()
-    with pytest.raises(OSError, match="File too large"), full_disk():
+    with pytest.raises(OSError, match="File too large"), file_limit(100):
         reporter(tmp_path, start_step=20)
     assert path.read_bytes() == before
     reporter(tmp_path, start_step=20)
