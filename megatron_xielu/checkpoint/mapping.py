@@ -272,9 +272,18 @@ def untied(placements: Sequence[Placement]) -> list[Placement]:
     return [*placements, Placement(entry, embedding.key, None, None)]
 
 
-def read_weight(reader: TorchDistReader, placement: Placement, arch: Architecture) -> Tensor:
-    """The weight as Megatron holds it, without padding rows, in its stored type."""
-    weight = reader.read(placement.key, placement.index)
+def read_weight(
+    reader: TorchDistReader,
+    placement: Placement,
+    arch: Architecture,
+    buffer: Tensor | None = None,
+) -> Tensor:
+    """The weight as Megatron holds it, without padding rows, in its stored type.
+
+    Args:
+        buffer: see `TorchDistReader.read`.
+    """
+    weight = reader.read(placement.key, placement.index, buffer)
     if placement.entry.flat and weight.dim() == 0:
         return weight.view(1)
     return weight[: arch.vocab_size] if placement.entry.padded else weight

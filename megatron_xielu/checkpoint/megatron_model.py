@@ -77,7 +77,7 @@ class MegatronCheckpoint:
             for pattern in XIELU_CONSTANTS:
                 for layer in range(self.arch.num_layers):
                     self.specs[pattern.format(i=layer)] = TensorSpec(torch.float32, ())
-        self._last: tuple[Placement | None, dict[str, Tensor]] = (None, {})
+        self._parts: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor:
         """One tensor by its Hugging Face name, in its stored type."""
@@ -85,12 +85,12 @@ class MegatronCheckpoint:
         if placement is None:
             pattern = name.replace(name.split(".")[2], "{i}", 1)
             return torch.tensor(XIELU_CONSTANTS[pattern], dtype=torch.float32)
-        # queries, keys and values are stored as one
-        if self._last[0] is not placement:
+        # queries, keys and values are stored as one, and asked for one after the other
+        if name not in self._parts:
             weight = read_weight(self.reader, placement, self.arch)
             parts = placement.entry.split(weight, self.arch)
-            self._last = placement, dict(zip(placement.hf_names(self.target), parts, strict=True))
-        return self._last[1][name]
+            self._parts = dict(zip(placement.hf_names(self.target), parts, strict=True))
+        return self._parts.pop(name)
 
     def logits(self, prompts: Sequence[Sequence[int]], rounded: Round) -> list[Tensor]:
         """fp32 logits (tokens, vocabulary) of each prompt.

@@ -218,12 +218,15 @@ class _Export:
         from tqdm import tqdm
 
         total = sum(shard.num_bytes for shard in shards)
+        placements = [placement for shard in shards for placement in shard.specs]
+        largest = max(self.reader.num_bytes(p.key, p.index) for p in placements)
+        buffer = torch.empty(largest, dtype=torch.uint8)
         # a bar on terminals only
         with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
             for shard in shards:
                 with SafetensorsWriter(folder / shard.name, shard.tensors) as file:
                     for placement in shard.specs:
-                        for name, tensor in self._tensors(placement):
+                        for name, tensor in self._tensors(placement, buffer):
                             file.write(name, tensor)
                             bar.update(tensor.nbytes)
         if len(shards) > 1:
@@ -240,13 +243,12 @@ class _Export:
         constants = dict.fromkeys(_constants(placement), TensorSpec(torch.float32, ()))
         return {name: TensorSpec(dtype, shape) for name, shape in shapes.items()} | constants
 
-    def _tensors(self, placement: Placement) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, placement: Placement, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
         dtype = torch.float32 if placement.entry.keep_fp32 else self.dtype
-        # rounded before it is cut, so that the stored weight is given back first
-        weight = read_weight(self.reader, placement, self.arch).to(dtype)
+        weight = read_weight(self.reader, placement, self.arch, buffer)
         parts = placement.entry.split(weight, self.arch)
         for name, part in zip(placement.hf_names(self.target), parts, strict=True):
-            yield name, part.contiguous()
+            yield name, part.to(dtype).contiguous()
         for name, value in _constants(placement).items():
             yield name, torch.tensor(value, dtype=torch.float32)
 

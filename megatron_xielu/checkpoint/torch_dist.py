@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import pickle
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,20 @@ class TorchDistReader:
         """The type the tensor is stored in."""
         return self._entry(key).properties.dtype
 
-    def read(self, key: str, index: int | None = None) -> Tensor:
+    def num_bytes(self, key: str, index: int | None = None) -> int:
+        """What `read` returns, in bytes."""
+        shape = self.shape(key) if index is None else self.shape(key)[1:]
+        return prod(shape) * self.dtype(key).itemsize
+
+    def read(self, key: str, index: int | None = None, buffer: Tensor | None = None) -> Tensor:
         """One whole tensor, or only `tensor[index]` of it.
 
         Only the chunks that overlap are read. A chunk that lies in the result in one piece goes
         straight to its place; of others memory holds one beside the result.
+
+        Args:
+            buffer: bytes that the result is put into, at least `num_bytes`. Memory that was used
+                before costs less than new memory, which the system clears first.
 
         Raises:
             UserError: an unknown key, or a data file that is missing, too short or damaged.
@@ -92,7 +102,10 @@ class TorchDistReader:
             offsets[0], sizes[0] = index, 1
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [box])
-        target = torch.empty(box.sizes, dtype=entry.properties.dtype)
+        if buffer is None:
+            buffer = torch.empty(self.num_bytes(key, index), dtype=torch.uint8)
+        used = buffer[: self.num_bytes(key, index)]
+        target = used.view(entry.properties.dtype).view(box.sizes)
         stored = sum(torch.Size(item.lengths).numel() for item in items)
         if stored != target.numel():
             raise UserError(

@@ -91,7 +91,7 @@ def _launch(jobs: Path, world_size: int) -> None:
     ]
     try:
         for process in ranks:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=300)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in ranks:
