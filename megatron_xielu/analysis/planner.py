@@ -374,5 +374,6 @@ def _activation_bytes_per_token(recipe: Recipe, fp8: str) -> float:
     # the activation's input, twice as wide with a gate, and its output; of its input ReLU squared
     # keeps what is above zero
     output = element if recipe.fp8.fc2_input == "bf16" else product_input
-    kept = (1 + _is_gated(model)) * element + (0 if recipe.xielu.recompute else output)
+    before = 1 if recipe.xielu.saved_input == "e4m3" else (1 + _is_gated(model)) * element
+    kept = before + (0 if recipe.xielu.recompute else output)
     return hidden + (attention + kept * model.ffn_hidden_size) / tp

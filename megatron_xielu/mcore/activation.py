@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from megatron_xielu.activations import XIELU
 from megatron_xielu.mcore.outliers import Look
 from megatron_xielu.mcore.recompute import recompute_output
-from megatron_xielu.ops import xielu
+from megatron_xielu.ops import saved_input, xielu
 from megatron_xielu.ops.dispatch import Impl
+from megatron_xielu.ops.saved_input import SavedInput, xielu_from_e4m3
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class XIELUPlaceholder:
     """Keep xIELU's output from forward to backward no longer than fc2 needs it."""
     fc2_input: Literal["fp8", "bf16"] = "fp8"
     """bf16: under FP8, xIELU's output and fc2's GEMM stay in bf16."""
+    saved_input: SavedInput = "exact"
+    """e4m3: what xIELU's backward, and a recomputed output, know of its input."""
 
     def __call__(self, x: Tensor) -> Tensor:
         raise RuntimeError(
@@ -77,6 +81,7 @@ class ParallelXIELU(XIELU):
         super().__init__(settings.alpha_p_init, settings.alpha_n_init, settings.beta, settings.impl)
         self.tp_group = tp_group
         self.recompute, self.fc2_input = settings.recompute, settings.fc2_input
+        self.saved_input = settings.saved_input
         self.look = Look()
         # xIELU as fc2's quantizer asks for it, or None for the layer's own type: te_plain_mlp
         self.quantized: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor | None] | None = None
@@ -100,7 +105,16 @@ class ParallelXIELU(XIELU):
             y = self.quantized(x, (alpha_p, alpha_n))
             if y is not None:
                 return y
+        if self.saved_input == "e4m3" and torch.is_grad_enabled():
+            return xielu_from_e4m3(x, alpha_p, alpha_n, beta=self.beta, impl=self.impl)
         return xielu(x, alpha_p, alpha_n, beta=self.beta, impl=self.impl)
+
+    def again(self, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+        """How to compute y, the output of x, once more from what is kept for backward anyway."""
+        # without the module's hooks, which would take it for another forward pass
+        if self.saved_input == "e4m3":
+            return saved_input.again(y, self.forward)
+        return partial(self.forward, x.detach())
 
     def sharded_state_dict(
         self,

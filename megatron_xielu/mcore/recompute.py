@@ -60,11 +60,10 @@ class _Exchange:
         self.made = None
         self.scale = args[1] if len(args) > 1 else kwargs.get("per_token_scale")
 
-    def activated(self, activation: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+    def activated(self, activation: Any, args: tuple[Tensor], y: Tensor) -> None:
         self.made = None
         if y.requires_grad and y.numel():
-            # without the module's hooks, which would take it for another forward pass
-            self.made = y, partial(activation.forward, args[0].detach())
+            self.made = y, activation.again(args[0], y)
 
     def projected(self, fc2: nn.Module, args: tuple[Tensor], outputs: Any) -> None:
         made, scale = self.made, self.scale

@@ -32,7 +32,7 @@ from transformer_engine.pytorch.utils import clear_tensor_data
 
 from megatron_xielu.mcore import delayed_scaling
 from megatron_xielu.mcore.te_quantizers import empty, rows, scaling_of
-from megatron_xielu.ops import library
+from megatron_xielu.ops import library, saved_input
 from megatron_xielu.ops.family import XIELU
 from megatron_xielu.ops.fp8_reference import Delayed, Scaling
 from megatron_xielu.ops.triton import quantized
@@ -66,7 +66,7 @@ class XIELUOp(BasicOperation):
         super().__init__()
         self.alpha_p, self.alpha_n = activation.alpha_p, activation.alpha_n
         self.beta, self.impl = activation.beta, activation.impl
-        self.recompute = activation.recompute
+        self.recompute, self.saved_input = activation.recompute, activation.saved_input
         self.look = activation.look
         # the sum over ranks that Megatron does not do by itself
         self.tp_group = activation.tp_group if activation.sum_in_backward else None
@@ -91,7 +91,8 @@ class XIELUOp(BasicOperation):
             prev_op_grad_output_quantizer = next_op_input_quantizer = None
         scaling = scaling_of(next_op_input_quantizer, x)
         if ctx.requires_grad:
-            ctx.save_for_backward(x)
+            ctx.save_for_backward(*saved_input.pack(x, self.saved_input))
+            ctx.dtype = x.dtype
             ctx.quantizer = prev_op_grad_output_quantizer
             # scales of delayed scaling may be others by the time of backward
             ctx.scaling = scaling
@@ -130,7 +131,8 @@ class XIELUOp(BasicOperation):
 
     def op_backward(self, ctx: Any, grad_output: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The gradients by the input, in FP8 if the operation before wants it, and the alphas."""
-        (x,) = ctx.saved_tensors
+        kept = ctx.saved_tensors
+        x = saved_input.unpack(kept, ctx.dtype)
         grad_y = _plain(grad_output).to(x.dtype)
         with torch.no_grad():
             results = self._quantized_backward(grad_y, x, ctx.quantizer)
@@ -143,7 +145,7 @@ class XIELUOp(BasicOperation):
             if self.tp_group is not None:
                 torch.distributed.all_reduce(both, group=self.tp_group)
         # the fuser holds it until the whole MLP's backward is done
-        clear_tensor_data(x)
+        clear_tensor_data(*kept)
         return grad_x, both.unbind()
 
     def _quantized_backward(
@@ -205,7 +207,8 @@ class XIELULinear(FusedOperation):
         """The linear's gradients from its input made again, then those of xIELU."""
         xielu, linear = self.basic_ops
         first, second = basic_op_ctxs
-        (x,), (_, weight) = first.saved_tensors, second.saved_tensors
+        x, (_, weight) = saved_input.unpack(first.saved_tensors, first.dtype), second.saved_tensors
+        first.saved_tensors = (x,)
         y = None
         if second.weight_requires_grad:
             if first.scaling is not None:

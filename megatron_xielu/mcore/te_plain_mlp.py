@@ -27,9 +27,10 @@ from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
 
 from megatron_xielu.mcore.outliers import Look
 from megatron_xielu.mcore.te_quantizers import empty, rows, scaling_of
-from megatron_xielu.ops import library
+from megatron_xielu.ops import library, saved_input
 from megatron_xielu.ops.family import XIELU
 from megatron_xielu.ops.fp8_reference import Scaling
+from megatron_xielu.ops.saved_input import SavedInput
 from megatron_xielu.ops.triton import quantized
 
 
@@ -49,7 +50,14 @@ def write_fc2_input(mlp: MLP) -> None:
             return None
         look = activation.look if activation.look.on and torch.is_grad_enabled() else None
         y: Tensor = _Quantized.apply(
-            x, *alphas, activation.beta, activation.impl, scaling, quantizer, look
+            x,
+            *alphas,
+            activation.beta,
+            activation.impl,
+            activation.saved_input,
+            scaling,
+            quantizer,
+            look,
         )
         return y
 
@@ -89,11 +97,12 @@ class _Quantized(torch.autograd.Function):
         alpha_n: Tensor,
         beta: float,
         impl: str,
+        how: SavedInput,
         scaling: Scaling,
         quantizer: Any,
         look: Look | None,
     ) -> Any:
-        ctx.save_for_backward(x, alpha_p, alpha_n)
+        ctx.save_for_backward(*saved_input.pack(x, how), alpha_p, alpha_n)
         ctx.beta, ctx.impl = beta, impl
         result, parts = empty(quantizer, x)
         alphas = alpha_p, alpha_n
@@ -105,10 +114,11 @@ class _Quantized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, *alphas = ctx.saved_tensors
+        *kept, alpha_p, alpha_n = ctx.saved_tensors
+        x, alphas = saved_input.unpack(kept, grad_y.dtype), (alpha_p, alpha_n)
         grads = library.backward(grad_y, x, None, alphas, ctx.beta, XIELU.name, ctx.impl)
         grad_x, grad_p, grad_n = grads
-        return grad_x, grad_p.reshape(1), grad_n.reshape(1), *[None] * 5
+        return grad_x, grad_p.reshape(1), grad_n.reshape(1), *[None] * 6
 
 
 def _keep_the_transpose(fc2: Linear, args: tuple[Any, ...], _: Any) -> None:

@@ -57,6 +57,8 @@ class Xielu:
     """auto: the fused kernel of the machine, plain torch where there is none."""
     recompute: bool = False
     """Backward computes fc2's input again instead of keeping it; see docs/memory.md."""
+    saved_input: Literal["exact", "e4m3"] = "exact"
+    """e4m3 keeps xIELU's input for backward in FP8, with gradients that differ; docs/memory.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,6 +280,11 @@ def _xielu(recipe: Recipe) -> Iterator[str]:
             f"xielu.alpha_n_init={alpha_n} must be greater than xielu.beta={beta}; "
             f"the paper's distance gives {beta + 0.3:g}"
         )
+    if recipe.xielu.saved_input == "e4m3" and recipe.xielu.impl == "reference":
+        yield (
+            "xielu.saved_input=e4m3 cannot go with xielu.impl=reference, whose backward is "
+            "autograd's; legal: saved_input=exact, or impl=auto, triton, cpu or eager"
+        )
 
 
 def _without_xielu(recipe: Recipe) -> Iterator[str]:

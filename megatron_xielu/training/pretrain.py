@@ -384,6 +384,7 @@ def _placeholder(recipe: Recipe) -> Any:
         xielu.impl,
         recompute=xielu.recompute,
         fc2_input=recipe.fp8.fc2_input,
+        saved_input=xielu.saved_input,
     )
 
 

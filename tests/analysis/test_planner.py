@@ -199,6 +199,8 @@ def test_memory_counts_the_bytes_of_each_kind() -> None:
     assert whole.activations == memory.activations
     recomputing = plan(load_recipe("llama-1.1b-xielu", ["xielu.recompute=true"]), 88).memory
     assert memory.activations - recomputing.activations == 24 * tokens * 9216 * 2
+    in_e4m3 = plan(load_recipe("llama-1.1b-xielu", ["xielu.saved_input=e4m3"]), 88).memory
+    assert memory.activations - in_e4m3.activations == 24 * tokens * 9216
     fp32 = plan(load_recipe("llama-1.1b-xielu", ["training.precision=fp32"]), 1).memory
     assert fp32.weights == 4 * parameters
     assert fp32.optimizer == 8 * parameters

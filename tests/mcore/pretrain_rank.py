@@ -73,6 +73,7 @@ def main() -> None:
 
     cpu_platform.hide_gpu_libraries()
     import megatron_xielu.mcore.activation as activation
+    import megatron_xielu.mcore.model_config as model_config
     import megatron_xielu.mcore.pretrain as pretrain
     from megatron_xielu.mcore.fp8_emulation import FP8Settings
     from megatron_xielu.mcore.health import HealthSettings
@@ -80,8 +81,8 @@ def main() -> None:
     if args.fault:
         plant(args.fault, activation)
     chunks: list[Any] = []
-    install = pretrain.install_on_chunks
-    pretrain.install_on_chunks = lambda built: chunks.extend(built) or install(built)
+    install = model_config.install_on_chunks
+    model_config.install_on_chunks = lambda built: chunks.extend(built) or install(built)
     served = record_samples()
     recorder = Recorder()
     pretrain.pretrain(

@@ -82,7 +82,7 @@ def peak_of(run: Callable[[], Any]) -> int:
     return peak
 
 
-def models(changes: dict[str, Any], impl: str = "auto") -> list[Any]:
+def models(changes: dict[str, Any], impl: str = "auto", saved_input: str = "exact") -> list[Any]:
     """The same weights and alphas, without and with recompute."""
     from megatron_xielu.mcore.activation import XIELUPlaceholder
     from megatron_xielu.mcore.layer_specs import install_on_chunks
@@ -90,7 +90,11 @@ def models(changes: dict[str, Any], impl: str = "auto") -> list[Any]:
     built = []
     for recompute in (False, True):
         transformer = config(**changes)
-        transformer.activation_func = XIELUPlaceholder(impl=impl, recompute=recompute)  # type: ignore[arg-type]
+        transformer.activation_func = XIELUPlaceholder(
+            impl=impl,  # type: ignore[arg-type]
+            recompute=recompute,
+            saved_input=saved_input,  # type: ignore[arg-type]
+        )
         model = build(transformer)
         install_on_chunks([model])
         built.append(model.bfloat16() if transformer.bf16 else model)
@@ -106,10 +110,12 @@ def pairs(plain: Any, ours: Any) -> list[Any]:
     return list(zip(plain.named_parameters(), ours.named_parameters(), strict=True))
 
 
-def compare(changes: dict[str, Any], impl: str = "auto") -> dict[str, Any]:
+def compare(
+    changes: dict[str, Any], impl: str = "auto", saved_input: str = "exact"
+) -> dict[str, Any]:
     from megatron.core.pipeline_parallel.schedules import custom_backward
 
-    built = models(changes, impl)
+    built = models(changes, impl, saved_input)
     tokens = torch.arange(32).reshape(2, 16)
     positions = torch.arange(16)[None].expand(2, -1)
     losses, held, computed = [], [], []
@@ -152,13 +158,13 @@ def counted() -> Iterator[list[Tensor]]:
         ParallelXIELU.forward = forward  # type: ignore[method-assign]
 
 
-def bytes_per_element(dtype: torch.dtype, expert: bool) -> dict[str, list[float]]:
+def bytes_per_element(dtype: torch.dtype, expert: bool, saved_input: str) -> dict[str, list[float]]:
     """Of one MLP's activation: what forward leaves, and the peak of four MLPs in a row."""
     changes = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "ffn_hidden_size": 1024}
     if expert:
         changes |= MIXTURE | {"moe_ffn_hidden_size": 1024}
     held, peak = [], []
-    for model in models(changes):
+    for model in models(changes, saved_input=saved_input):
         mlp = model.decoder.layers[0].mlp
         mlp = mlp.experts.local_experts[0] if expert else mlp
         shape = (256, 32) if expert else (128, 2, 32)
@@ -298,14 +304,23 @@ def main(tp: int, out: Path) -> None:
             "megatron block": (FULL | {"recompute_method": "block"}, "auto"),
         }
         seen["bytes"] = {
-            f"{'expert' if expert else 'MLP'}, {str(dtype).removeprefix('torch.')}": (
-                bytes_per_element(dtype, expert)
-            )
+            ", ".join(
+                [
+                    "expert" if expert else "MLP",
+                    str(dtype).removeprefix("torch."),
+                    *([] if how == "exact" else [how]),
+                ]
+            ): bytes_per_element(dtype, expert, how)
+            for how in ("exact", "e4m3")
             for expert in (False, True)
             for dtype in (torch.bfloat16, torch.float32)
         }
         seen["aside"] = steps_aside()
         seen["another linear"] = another_linear()
+    seen["e4m3"] = {
+        name: compare({**fields, **cut, "sequence_parallel": tp > 1}, saved_input="e4m3")
+        for name, fields in {"fp32": {}, "bf16": BF16}.items()
+    }
     seen["cases"] = {name: compare(*case) for name, case in cases.items()}
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()

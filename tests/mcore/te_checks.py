@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_xielu.ops import fp8_reference
 from megatron_xielu.ops.fp8_reference import Blockwise, Delayed, amax_of, block_scales
 from megatron_xielu.ops.reference import REFERENCES
+from megatron_xielu.ops.saved_input import pack, unpack
 from megatron_xielu.ops.triton import quantized
 from tests.ops.triton_quantized_interpreted import EPS, compare, fp8, largest
 
@@ -124,7 +125,8 @@ class Fuser:
         """What they should be, in float64, as matrices, with the gradients of the alphas."""
         found = self.between()
         alphas = [alpha.detach().double().requires_grad_() for alpha in self.xielu.alphas]
-        x = found["x"].double().flatten(0, -2).requires_grad_()
+        x = unpack(pack(found["x"], self.activation.saved_input), torch.bfloat16)
+        x = x.double().flatten(0, -2).requires_grad_()
         y = REFERENCES["xielu"](x, *alphas, BETA)
         grad_y = found["grad_y"].double().flatten(0, -2)
         grad_x, *grads = torch.autograd.grad(y, (x, *alphas), grad_y)
@@ -403,6 +405,31 @@ def transformer_engine_recomputes_to_the_same_bits() -> dict[str, float]:
         assert not [key for key in kept if not torch.equal(kept[key], recomputed[key])]
         held[name] = fuser.held / fuser.elements
         assert held[name] == 2
+    return held
+
+
+def transformer_engine_holds_the_input_in_e4m3() -> dict[str, float]:
+    """The output is as without, the gradients are those of what is held."""
+    held = {}
+    for name in ("none", "delayed", "tensorwise", "blockwise"):
+        plain = Fuser(recipe(name))
+        plain.run()
+        for recompute in (False, True):
+            fuser = Fuser(recipe(name), recompute=recompute, saved_input="e4m3")
+            fuser.run()
+            assert torch.equal(fuser.gemms[1].result, plain.gemms[1].result)
+            exact = fuser.exact()
+            check_alphas(fuser, exact["alphas"])
+            if name == "none":
+                # rounded once
+                torch.testing.assert_close(
+                    fuser.between()["grad_x"].double().flatten(0, -2),
+                    exact["grad_x"],
+                    rtol=2**-8,
+                    atol=1e-6,
+                )
+            found = held[f"{name}, recompute={recompute}"] = fuser.held / fuser.elements
+            assert found == 1 + (not recompute) * (2 if name == "none" else 1)
     return held
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_xielu.ops.family import XIELU
 from megatron_xielu.ops.fp8_reference import Delayed, amax_of
 from megatron_xielu.ops.reference import REFERENCES
+from megatron_xielu.ops.saved_input import pack, unpack
 from megatron_xielu.ops.triton import quantized
 from tests.mcore.te_checks import (
     BETA,
@@ -41,9 +42,10 @@ class Plain:
     Args:
         name: of the recipe, or "none".
         ours: xIELU writes fc2's input; otherwise fc2's quantizer casts the same float32 values.
+        saved_input: the placeholder's.
     """
 
-    def __init__(self, name: str, *, ours: bool = True) -> None:
+    def __init__(self, name: str, *, ours: bool = True, saved_input: str = "exact") -> None:
         from megatron.core.extensions.transformer_engine import (
             TEColumnParallelLinear,
             TERowParallelLinear,
@@ -51,7 +53,7 @@ class Plain:
         from megatron.core.transformer.mlp import MLP, MLPSubmodules
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-        from megatron_xielu.mcore.activation import install
+        from megatron_xielu.mcore.activation import XIELUPlaceholder, install
         from megatron_xielu.mcore.layer_specs import use_xielu
         from tests.mcore.checks import config
 
@@ -69,7 +71,7 @@ class Plain:
             gradient_accumulation_fusion=False,
             **half,
         )
-        use_xielu(settings)
+        use_xielu(settings, XIELUPlaceholder(saved_input=saved_input))  # type: ignore[arg-type]
         modules = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
         self.mlp = install(MLP(settings, modules, input_size=HIDDEN))
         self.fc1, self.fc2 = self.mlp.linear_fc1, self.mlp.linear_fc2
@@ -218,6 +220,27 @@ def transformer_engine_plain_modules_take_fp8_from_xielu() -> dict[str, float]:
         assert all(grad is not None for grad in one.values())
         assert not [key for key in one if not torch.equal(one[key], other[key])]
     return counts
+
+
+def transformer_engine_plain_modules_hold_the_input_in_e4m3() -> dict[str, float]:
+    held = {}
+    for name in ("delayed", "tensorwise", "blockwise"):
+        plain = Plain(name, saved_input="e4m3")
+        exact = Plain(name)
+        for each in (plain, exact):
+            each.run()
+        assert torch.equal(plain.gemms[1].result, exact.gemms[1].result)
+        x = unpack(pack(plain.gemms[0].result, "e4m3"), torch.bfloat16).double()
+        alphas = [plain.activation.alpha_p, plain.activation.alpha_n]
+        leaves = [alpha.detach().double().requires_grad_() for alpha in alphas]
+        y = REFERENCES["xielu"](x, *leaves, BETA)
+        # fc2 returns it in the layer's type
+        grad_y = plain.gemms[2].result.double().reshape(y.shape)
+        for alpha, expected in zip(alphas, torch.autograd.grad(y, leaves, grad_y), strict=True):
+            torch.testing.assert_close(alpha.grad.double(), expected, rtol=1e-5, atol=0)
+        held[name] = plain.held / plain.elements
+        assert held[name] == 2
+    return held
 
 
 def transformer_engine_plain_modules_get_bf16_where_fc2_must_cast() -> None:

@@ -52,6 +52,18 @@ def test_gradients_keep_their_bits_on_two_ranks(two_ranks: list[dict[str, Any]])
             check(name, case)
 
 
+def test_an_input_in_e4m3_changes_fc2s_weights_alone(
+    one_rank: dict[str, Any], two_ranks: list[dict[str, Any]]
+) -> None:
+    """With recompute fc2's input is made from e4m3 as well; all else is as without recompute."""
+    weights = [f"decoder.layers.{layer}.mlp.linear_fc2.weight" for layer in range(3)]
+    for rank in (one_rank, *two_ranks):
+        assert rank["e4m3"].keys() == {"fp32", "bf16"}
+        for case in rank["e4m3"].values():
+            assert case["different"] == weights
+            assert case["held"][1] < case["held"][0]
+
+
 @pytest.mark.parametrize(("case", "kept", "outputs"), [("dense", 1, 1), ("mixture", 1, 2)])
 def test_one_extra_pass_per_tensor_that_is_not_kept(
     case: str, kept: int, outputs: int, one_rank: dict[str, Any]
@@ -70,6 +82,10 @@ MODEL = {
     "MLP, float32": (8, 4),
     "expert, bfloat16": (6, 2),
     "expert, float32": (12, 4),
+    "MLP, bfloat16, e4m3": (3, 1),
+    "MLP, float32, e4m3": (5, 1),
+    "expert, bfloat16, e4m3": (5, 1),
+    "expert, float32, e4m3": (9, 1),
 }
 
 
@@ -77,7 +93,7 @@ MODEL = {
 def test_bytes_held_are_those_of_the_model(row: str, one_rank: dict[str, Any]) -> None:
     held, peak = one_rank["bytes"][row]["held"], one_rank["bytes"][row]["peak"]
     print(
-        f"{row:17} B/element held {held[0]:.2f} -> {held[1]:.2f}; "
+        f"{row:23} B/element held {held[0]:.2f} -> {held[1]:.2f}; "
         f"peak of 4 MLPs in a row {peak[0]:.2f} -> {peak[1]:.2f}"
     )
     assert held == pytest.approx(MODEL[row], rel=0.02)

@@ -179,6 +179,12 @@ RULES = [
         "xielu.alpha_n_init=0.4 has no meaning with model.activation=relu2; "
         "legal: 0.8, or model.activation=xielu",
     ),
+    (
+        ["xielu.saved_input=e4m3", "xielu.impl=reference"],
+        2,
+        "xielu.saved_input=e4m3 cannot go with xielu.impl=reference, whose backward is "
+        "autograd's; legal: saved_input=exact, or impl=auto, triton, cpu or eager",
+    ),
     (["xielu.alpha_p_init=0"], 2, "xielu.alpha_p_init=0.0 must be greater than 0"),
     (["xielu.beta=-1"], 2, "xielu.beta=-1.0 must be greater than 0"),
     (

@@ -35,6 +35,12 @@ def test_what_changes_the_result_is_asked_for(key: str, value: str) -> None:
     check_changes(changes, FOLDER, [key])
 
 
+def test_another_gradient_is_asked_for() -> None:
+    changes = diff(load_recipe("tiny"), load_recipe("tiny", ["xielu.saved_input=e4m3"]))
+    with pytest.raises(UserError, match=r"--allow-changed xielu\.saved_input"):
+        check_changes(changes, FOLDER, [])
+
+
 def test_another_scaling_of_rope_is_asked_for() -> None:
     changes = diff(load_recipe("tiny"), load_recipe("tiny", ["model.rope_scaling_factor=8"]))
     with pytest.raises(UserError, match=r"--allow-changed model\.rope_scaling_factor"):
