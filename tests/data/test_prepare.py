@@ -24,6 +24,7 @@ from megatron_xielu.data.split import CHUNK_CHARACTERS
 from megatron_xielu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_xielu.errors import UserError
 from megatron_xielu.mcore.indexed_dataset import DatasetWriter, open_dataset, token_id_range
+from tests.limits import file_limit
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -453,7 +454,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_xielu.data.prepare import prepare
-from tests.limits import file_limit
 
 def progress(line):
     if line.startswith("tokenizer"):
