@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def transformer_engine_models_of_one_rank_have_the_local_ones_parameters() -> dict[str, int]:
     """Every variant and recipe; which MLP each gets, and what of FP8 the config says."""
@@ -94,6 +96,54 @@ def transformer_engine_models_of_one_rank_are_saved_with_their_histories() -> in
     # of qkv, proj, fc1 and fc2, forward and backward
     assert len(found) == 8
     return len(found)
+
+
+def transformer_engine_models_of_one_rank_go_on_where_local_ones_stopped() -> dict[str, int]:
+    """The optimizer's state too, in both directions: what is loaded is saved again, bit for bit."""
+    from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+    from megatron_xielu.mcore import other_checkpoints
+    from megatron_xielu.mcore.one_rank import Run, Sizes, Training
+
+    other_checkpoints.enable()
+    local = Run(sizes=Sizes(num_layers=2, hidden_size=64, ffn_hidden_size=192, seq_length=32))
+    te = replace(local, transformer_impl="transformer_engine", seed=2)
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / each for each in ("local", "TransformerEngine", "local again")]
+        for folder in folders:
+            folder.mkdir()
+        stopped = Training(local, 128)
+        _fill(stopped)
+        stopped.save(folders[0])
+        for run, source, folder in zip((te, local), folders, folders[1:], strict=False):
+            training = Training(replace(run, seed=run.seed + 1), 128)
+            training.load(source)
+            training.save(folder)
+        first, *others = (TorchDistReader(folder) for folder in folders)
+        expected = {key: first.read(key) for key in first.keys()}  # noqa: SIM118
+        counts = {}
+        for other in others:
+            assert other.keys() == sorted(expected)
+            assert [k for k, v in expected.items() if not torch.equal(v, other.read(k))] == []
+            counts[other.path.name] = sum(tensor.numel() for tensor in expected.values())
+    parameters = [key for key in expected if not key.startswith("optimizer.")]
+    for kind in ("exp_avg", "exp_avg_sq", "param"):
+        found = [tensor for key, tensor in expected.items() if f"state.{kind}." in key]
+        assert len(found) == len(parameters), kind
+        assert all(tensor.any() for tensor in found), kind
+    return counts
+
+
+def _fill(training: Any) -> None:
+    """An optimizer's state as after steps, which need a GPU here: moments, and its own weights."""
+    # makes the moments
+    training._state.sharded(is_loading=True)
+    for optimizer in training._optimizer.chained_optimizers:
+        for state in optimizer.optimizer.state.values():
+            for tensor in (state["exp_avg"], state["exp_avg_sq"]):
+                tensor.normal_()
+        for group in optimizer.shard_fp32_from_float16_groups:
+            for parameter in group:
+                parameter.data.add_(1e-4 * torch.randn_like(parameter))
 
 
 def _init_histories(training: Any) -> None:

@@ -57,6 +57,7 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_takes_a_layer_out_of_fp8",
     "transformer_engine_models_of_one_rank_have_the_local_ones_parameters",
     "transformer_engine_models_of_one_rank_are_saved_with_their_histories",
+    "transformer_engine_models_of_one_rank_go_on_where_local_ones_stopped",
     "transformer_engine_plain_modules_take_fp8_from_xielu",
     "transformer_engine_plain_modules_hold_the_input_in_e4m3",
     "transformer_engine_plain_modules_get_bf16_where_fc2_must_cast",
