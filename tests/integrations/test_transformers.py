@@ -246,6 +246,9 @@ def test_training_moves_the_alphas_like_stock(kind: str) -> None:
     # these optimizers hold the parameters before one of the models changes
     optimizers = [torch.optim.AdamW(model.parameters(), lr=rate) for model in models]
     use_fused_xielu(models[0])
+    for module in activations(models[1]):
+        # between eps and 0 stock's slope is another one: a single input there moves everything
+        module.eps.zero_()
     before = torch.stack(
         [torch.cat([m.alpha_p, m.alpha_n]).detach() for m in activations(models[0])]
     )
@@ -267,8 +270,8 @@ def test_training_moves_the_alphas_like_stock(kind: str) -> None:
         f"..{moved.max():.1e}, apart from stock by {apart.max():.1e}"
     )
     assert moved.max() > rate
-    assert apart.max() <= 1e-3 * moved.max()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert apart.max() <= 1e-4 * moved.max()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < losses[0][0] - 0.5
 
 
