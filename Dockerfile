@@ -12,6 +12,7 @@ WORKDIR /opt/megatron_xielu
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/*
 
 # replaces the base's own, in images built on this one too
