@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import re
 import shutil
@@ -71,9 +72,12 @@ class Engine:
 
     def stand_in(self) -> str:
         """The tag of the stand-in, made now if it is not there."""
-        own = Path(__file__).read_bytes() + _torch().version.encode() + sys.version.encode()
-        tag = f"megatron-xielu/stand-in:{hashlib.sha256(own).hexdigest()[:12]}"
+        parts = [inspect.getsource(each) for each in (_fill, _copy_python, _copy_torch)]
+        parts += [PINS, importlib.metadata.version("torch"), sys.version]
+        tag = f"stand-in:{hashlib.sha256(''.join(parts).encode()).hexdigest()[:12]}"
         if self.call("image", "inspect", tag).returncode != 0:
+            # all that was built on another one
+            self("system", "prune", "-a", "-f")
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
                 _fill(Path(folder) / "root")
                 self._import(Path(folder) / "root", tag)
@@ -127,10 +131,6 @@ def engine() -> Iterator[Engine]:
             process.wait(timeout=60)
             # left mounted by the engine
             subprocess.run(["umount", "-l", f"{folder}/exec/netns/default"], capture_output=True)
-
-
-def _torch() -> importlib.metadata.Distribution:
-    return importlib.metadata.distribution("torch")
 
 
 def _fill(root: Path) -> None:

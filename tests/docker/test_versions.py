@@ -55,6 +55,11 @@ def test_the_documentation_lists_them() -> None:
     assert {name: shown.get(name) for name in expected} == expected
 
 
+def test_ci_installs_them() -> None:
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert f" transformer-engine=={VERSIONS['base']['transformer-engine']} " in ci
+
+
 def test_doctor_compares_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tested = machine.tested_versions(machine.versions_file())
     assert tested == {**VERSIONS["packages"], **VERSIONS["base"]}
