@@ -44,6 +44,9 @@ LABEL org.opencontainers.image.title="megatron_xielu" \
       megatron_xielu.tested.torch="2.13.0" \
       megatron_xielu.tested.megatron-core="0.19.2"
 
+# without it torchrun 2.13 never takes up a host that replaces another
+ENV TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # the first user of most machines; `--user "$(id -u):$(id -g)"` gives any other
 USER 1000:1000
 WORKDIR /work

@@ -25,6 +25,10 @@ export MPLCONFIGDIR="${MPLCONFIGDIR:-$cache/matplotlib}"
 export HF_HOME="${HF_HOME:-$cache/huggingface}"
 
 case ${1:-} in
-    torchrun | python | python3 | bash | sh) exec "$@" ;;
+    torchrun)
+        shift
+        exec python3 -m torch.distributed.run "$@"
+        ;;
+    python | python3 | bash | sh) exec "$@" ;;
     *) exec megatron-xielu "$@" ;;
 esac

@@ -274,6 +274,48 @@ def test_what_the_documents_say_runs(
     assert len(list(tmp_path.glob("runs/*/checkpoints/iter_0000005"))) == 1
 
 
+def host(docker: Engine, image: str, folder: Path, name: str) -> str:
+    """Start one of two containers that hold half of each tensor, and return its id."""
+    torchrun = ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3")
+    torchrun += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29400", "--rdzv-id", "test")
+    words = ("torchrun", *torchrun, "-m", "megatron_xielu", *TINY, "training.train_iters=60")
+    words += ("checkpoint.save_interval=20", "logging.eval_interval=1000")
+    options = ("--detach", f"--name={name}", f"--hostname={name}", "--network=hosts")
+    options += ("--env=OMP_NUM_THREADS=1", "--env=GLOO_SOCKET_IFNAME=eth0", "--cap-drop=ALL")
+    options += (f"--user={OWNER}:{OWNER}", f"--volume={folder}:/work")
+    return docker("run", *options, image, *words).strip()
+
+
+def test_two_containers_train_together_and_one_is_replaced(
+    docker: Engine, image: str, trained: Path, tmp_path: Path
+) -> None:
+    os.chown(tmp_path, OWNER, OWNER)
+    shutil.copytree(trained / "data", tmp_path / "data")
+    docker("network", "create", "--internal", "--subnet=10.78.0.0/24", "hosts")
+    try:
+        first = host(docker, image, tmp_path, "host0")
+        killed = host(docker, image, tmp_path, "host1")
+        while not (tmp_path / "runs/tiny/checkpoints/iter_0000020").exists():
+            running = docker("inspect", "-f", "{{.State.Running}}", first, killed).split()
+            assert running == ["true", "true"], docker("logs", first) + docker("logs", killed)
+            time.sleep(0.2)
+        docker("kill", killed)
+        docker("rm", "-f", killed)
+        begin = time.monotonic()
+        second = host(docker, image, tmp_path, "host1")
+        codes = docker("wait", first, second, timeout=300).split()
+        print(f"a container replaced and all 60 steps done after {time.monotonic() - begin:.0f} s")
+        output = docker("logs", first)
+        assert codes == ["0", "0"], output + docker("logs", second)
+    finally:
+        docker.call("rm", "-f", "host0", "host1")
+        docker.call("network", "rm", "hosts")
+    steps = train_steps(tmp_path)
+    assert (steps[0], steps[-1]) == (1, 60)
+    # it went on from a checkpoint
+    assert steps.count(1) == 1
+
+
 def test_docker_stop_saves_and_the_run_goes_on_outside(
     docker: Engine, image: str, trained: Path
 ) -> None:
