@@ -4,7 +4,7 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart lint types test test-clients test-all bench clean
+.PHONY: help venv quickstart lint types test test-clients test-all bench image clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ test-all: lint types ## lint, types and every test this machine can run
 
 bench: venv ## time training on this machine's CPU against stock transformers
 	$(PYTHON_IN_VENV) tools/bench_training.py $(ARGS)
+
+image: ## build the Docker image megatron-xielu; ARGS="--build-arg BASE_IMAGE=..." changes its base
+	docker build --build-arg REVISION=$$(git rev-parse HEAD) -t megatron-xielu $(ARGS) .
 
 clean: ## delete caches and build outputs (.venv stays)
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from megatron_xielu.training import transformer_engine
 from megatron_xielu.training.resolve import Machine
 from megatron_xielu.training.transformer_engine import Found
 
-# of the source; an installed wheel has no such file
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+# names the file where there is no source beside the package; the project's image sets it
+VERSIONS_VARIABLE = "MEGATRON_XIELU_VERSIONS"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Part:
 
 def parts(transformer_engine_found: Found) -> list[Part]:
     """Everything that matters to a run, whether it is there or not."""
-    tested, te = tested_versions(CONSTRAINTS), transformer_engine_found
+    tested, te = tested_versions(versions_file()), transformer_engine_found
     found = [
         Part("Python", platform.python_version()),
         *(
@@ -49,7 +50,13 @@ def parts(transformer_engine_found: Found) -> list[Part]:
         ),
         Part("Triton", version("triton"), note="GPU kernels"),
         Part("C++ compiler", _compiler(), note="CPU kernels, built on first use"),
-        Part("TransformerEngine", te.version, note=_why_not(te)),
+        Part(
+            "TransformerEngine",
+            te.version,
+            # what is wrong with it matters more
+            None if _why_not(te) else tested.get("transformer-engine"),
+            note=_why_not(te),
+        ),
         Part("Apex", _apex(), note="optional: fuses the accumulation of gradients"),
         Part("DeepSpeed", version("deepspeed"), note="optional"),
         Part("CUDA", torch.version.cuda, note="that torch is built for"),
@@ -65,13 +72,19 @@ def parts(transformer_engine_found: Found) -> list[Part]:
     return found
 
 
+def versions_file() -> Path:
+    """The tested versions: $MEGATRON_XIELU_VERSIONS, or of the source, which a wheel lacks."""
+    if path := os.environ.get(VERSIONS_VARIABLE):
+        return Path(path)
+    return Path(__file__).parents[2] / "docker/versions.toml"
+
+
 def tested_versions(path: Path) -> dict[str, str]:
-    """Package to version, from the lines of constraints.txt; empty without the file."""
+    """Package to version, from docker/versions.toml; empty without the file."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    pinned = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return {name.strip(): number.strip() for name, number in pinned}
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {**tables["packages"], **tables["base"]}
 
 
 def version(name: str) -> str | None:

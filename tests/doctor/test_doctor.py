@@ -64,7 +64,7 @@ def test_what_needs_a_gpu_is_skipped_with_the_reason(printed: str) -> None:
 
 
 def test_the_versions_are_listed_beside_the_tested_ones(printed: str) -> None:
-    tested = machine.tested_versions(ROOT / "constraints.txt")
+    tested = machine.tested_versions(machine.versions_file())
     assert tested["megatron-core"] == "0.19.2"
     found = machine.version("torch")
     state = "as tested" if found == tested["torch"] else f"tested with {tested['torch']}"
