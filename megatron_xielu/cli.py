@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    args.words = words
     args.megatron_flags = tuple(words[split + 1 :])
     if args.megatron_flags and not hasattr(args, "overrides"):
         parser.error("only pretrain takes flags of Megatron's after --")
@@ -59,9 +60,14 @@ def _extra(error: ModuleNotFoundError) -> str:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    from megatron_xielu.launch import join
     from megatron_xielu.signals import StopSignals
     from megatron_xielu.training import launch
 
+    if not (args.dry_run or args.for_gpu):
+        join.join_srun()
+        if join.is_node_of_torchrun():
+            join.become_torchrun(args.words)
     signals = StopSignals()
     if launch.is_rank():
         # before the imports below, which take seconds

@@ -1,4 +1,4 @@
-"""`pretrain`: checks everything first, then runs ranks, here or as one of torchrun's."""
+"""`pretrain`: checks everything first, then runs ranks, here or as one of torchrun's or srun's."""
 
 from __future__ import annotations
 
@@ -471,8 +471,8 @@ class _Listener:
         """Say once what a preemption needs, for a scheduler's notice before the end."""
         if not self._told_bound:
             self._told_bound = True
-            # torchrun itself does not survive SIGUSR1
-            hint = " (Slurm: --signal=USR1@SECONDS)" if launch.is_child() else ""
+            # unless told otherwise, torchrun itself does not survive SIGUSR1
+            hint = "" if launch.is_of_torchrun() else " (Slurm: --signal=USR1@SECONDS)"
             print(
                 f"a stop needs up to {wait + save:.1f} s by what was seen so far: {wait:.1f} s to "
                 f"end a step or evaluation batch, {save:.1f} s to save{hint}",
