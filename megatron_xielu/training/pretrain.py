@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO
 from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
 from megatron_xielu.errors import UnhealthyRun, UserError
+from megatron_xielu.launch.job import wants_one_connection
 from megatron_xielu.recipes import Recipe, check, fp8_format, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir, transformer_engine
@@ -115,8 +116,9 @@ def pretrain(request: Request, signals: StopSignals | None = None) -> int:
     recipe = load_recipe(request.recipe, request.overrides)
     check_keys(request.allow_changed)
     if launch.is_rank():
-        # read when the GPU is first touched; Megatron asks for it under tensor parallelism
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # read when the GPU is first touched
+        if wants_one_connection(recipe, request.megatron_flags):
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         _run_rank(request, recipe, signals or StopSignals())
     try:
         with launch.stopping_at_once():
