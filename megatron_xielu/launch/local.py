@@ -11,6 +11,7 @@ import sys
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
 from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
+from megatron_xielu.launch.preflight import hold_node_id
 
 PORT = 29400
 _RESTARTS = 3
@@ -117,8 +118,14 @@ def _wrapped(words: list[str]) -> str:
 
 
 def run(job: Job, head: str | None) -> None:
-    """Become this machine's torchrun."""
+    """Become this machine's torchrun.
+
+    Raises:
+        UserError: it could not be told from another one.
+    """
     variables, words = torchrun(job, head)
+    if job.nodes > 1:
+        hold_node_id(words[words.index("--local-addr") + 1])
     for setting in variables:
         os.environ[setting.name] = setting.value
     sys.stdout.flush()

@@ -60,6 +60,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Ranks of this process's run on its machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+
+
 def world_size() -> int:
     """Ranks of this process's run."""
     return int(os.environ["WORLD_SIZE"])

@@ -21,6 +21,7 @@ from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_f
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
 from megatron_xielu.errors import UnhealthyRun, UserError
 from megatron_xielu.launch.job import wants_one_connection
+from megatron_xielu.launch.preflight import await_meeting, check_disk, check_machine
 from megatron_xielu.recipes import Recipe, check, fp8_format, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir, transformer_engine
@@ -132,7 +133,9 @@ def _start_ranks(request: Request, recipe: Recipe) -> int:
     job = _job(request, recipe, Machine.detect(), check_data=True)
     # a GPU is asked by a rank, because asking takes memory there for as long as a process lives
     activation = _activation(job) if job.machine.device == "cpu" else None
+    _check_limits(job, ranks=job.world_size)
     lock = _claim(job)
+    check_disk(job.recipe, job.run_dir, run_dir.latest_step(job.run_dir))
     print(format_plan(plan(job.recipe, job.world_size)))
     if activation is not None:
         print(activation)
@@ -143,6 +146,11 @@ def _start_ranks(request: Request, recipe: Recipe) -> int:
     arguments += ["--run-dir", str(job.run_dir), "--", *job.megatron_flags]
     logs = job.run_dir / run_dir.LOGS
     return launch.launch(arguments, job.world_size, logs, keep_open=[lock])
+
+
+def _check_limits(job: Job, *, ranks: int) -> None:
+    shared = job.recipe.data.num_workers > 0 or (job.machine.device == "cuda" and ranks > 1)
+    check_machine(world_size=job.world_size, shared_memory=shared)
 
 
 def _job(
@@ -208,8 +216,13 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
 
 def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoReturn:
     job = _job(request, recipe, Machine.detect(), check_data=True)
-    if not launch.is_child() and launch.rank() == 0:
-        _claim(job)
+    if not launch.is_child() and launch.local_rank() == 0:
+        _check_limits(job, ranks=launch.local_world_size())
+        if launch.rank() == 0:
+            _claim(job)
+            check_disk(job.recipe, job.run_dir, run_dir.latest_step(job.run_dir))
+        elif launch.local_world_size() < job.world_size:
+            await_meeting(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     launch.end_with_parent()
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
     with launch.logged_to(log) as terminal:
