@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    args.words = words
     args.megatron_flags = tuple(words[split + 1 :])
     if args.megatron_flags and not hasattr(args, "overrides"):
-        parser.error("only pretrain takes flags of Megatron's after --")
+        parser.error("only pretrain and launch take flags of Megatron's after --")
     try:
         return int(args.run(args) or 0)
     except UserError as error:
@@ -59,9 +60,14 @@ def _extra(error: ModuleNotFoundError) -> str:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    from megatron_xielu.launch import join
     from megatron_xielu.signals import StopSignals
     from megatron_xielu.training import launch
 
+    if not (args.dry_run or args.for_gpu):
+        join.join_srun()
+        if join.is_node_of_torchrun():
+            join.become_torchrun(args.words)
     signals = StopSignals()
     if launch.is_rank():
         # before the imports below, which take seconds
@@ -80,6 +86,37 @@ def _pretrain(args: argparse.Namespace) -> int:
         dry_run(request, for_gpu=args.for_gpu)
         return 0
     return pretrain(request, signals)
+
+
+def _launch(args: argparse.Namespace) -> None:
+    from megatron_xielu.launch import kubernetes, local, slurm
+    from megatron_xielu.launch.job import Job
+
+    job = Job(
+        recipe=args.recipe,
+        overrides=tuple(args.overrides),
+        megatron_flags=args.megatron_flags,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        run_dir=args.run_dir,
+        stop_seconds=args.stop_seconds,
+    )
+    if args.target == "local":
+        if args.submit:
+            local.run(job, args.head)
+        print(local.render(job, args.head), end="")
+    elif args.target == "slurm":
+        script = slurm.render(job, time=args.time, image=args.image)
+        print(script, end="", flush=True)
+        if args.submit:
+            slurm.submit(script)
+    else:
+        manifest = kubernetes.render(
+            job, image=args.image, volume=args.volume, trainjob=args.trainjob
+        )
+        print(manifest, end="", flush=True)
+        if args.submit:
+            kubernetes.submit(manifest)
 
 
 def _prepare_data(args: argparse.Namespace) -> None:
@@ -300,6 +337,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_pretrain)
 
+    _add_launch(commands)
+
     command = commands.add_parser("prepare-data", help="text to a data folder")
     command.add_argument("out", type=Path, help="the data folder to write")
     command.add_argument(
@@ -405,6 +444,52 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where to")
     command.set_defaults(run=_quickstart)
     return parser
+
+
+def _add_launch(commands: Any) -> None:
+    launch = commands.add_parser("launch", help="pretrain on many nodes: print what starts it")
+    targets = launch.add_subparsers(required=True, metavar="TARGET", dest="target")
+    for target, text, submit in (
+        ("local", "torchrun; give the same command on every node", "run it"),
+        ("slurm", "a batch script", "hand it to sbatch"),
+        ("k8s", "a manifest for Kubernetes", "hand it to kubectl"),
+    ):
+        command = targets.add_parser(
+            target,
+            help=text,
+            usage="%(prog)s RECIPE [options] [section.key=value ...] [-- MEGATRON FLAGS]",
+        )
+        command.add_argument("recipe", metavar="RECIPE", help="a preset's name or a YAML file")
+        command.add_argument("--nodes", type=_positive, default=1)
+        command.add_argument(
+            "--gpus-per-node", type=_positive, required=True, help="ranks of each node"
+        )
+        command.add_argument("--run-dir", type=Path, help="the run folder (default: runs/NAME)")
+        command.add_argument(
+            "--stop-seconds",
+            type=_positive,
+            default=300,
+            help="what a stopped run gets to save (default: 300; a run prints what it needs)",
+        )
+        command.add_argument("--submit", action="store_true", help=f"{submit} as well")
+        if target == "local":
+            command.add_argument("--head", metavar="HOST[:PORT]", help="where the nodes meet")
+        elif target == "slurm":
+            command.add_argument("--time", default="24:00:00", help="of one job of the chain")
+            command.add_argument("--image", help="a container, by pyxis")
+        else:
+            command.add_argument("--image", required=True, help="the container")
+            command.add_argument(
+                "--volume",
+                required=True,
+                metavar="CLAIM:FOLDER",
+                help="a claim that all nodes can write, and where it is mounted",
+            )
+            command.add_argument(
+                "--trainjob", action="store_true", help="a TrainJob of Kubeflow Trainer v2"
+            )
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+        command.set_defaults(run=_launch)
 
 
 def _add_bench(commands: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -34,6 +36,19 @@ class StopSignals:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._came_at is None:
             self._came_at = time.monotonic()
+
+
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Block the stop signals around the start of a process, which inherits that for good.
+
+    srun and a terminal send them to every process of a rank, and one without a handler would die.
+    """
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
 
 def ignore() -> None:

@@ -1,8 +1,10 @@
-"""What several test files need: a small data folder and a small recipe."""
+"""What several test files need: a small data folder, a small recipe and a small disk."""
 
 from __future__ import annotations
 
 import pydoc_data.topics
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,16 @@ def small_recipe(data_dir: Path) -> Recipe:
     """`tiny`, made smaller still, on `data_dir`."""
     overrides = (*SMALL, f"data.path={data_dir}", "model.vocab_size=512")
     return load_recipe("tiny", overrides)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB: room for one checkpoint of the small model and part of a second."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    # lazily: a process that was just ended may still hold a file
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -20,7 +20,7 @@ LAYERS = (
     {"activations"},
     {"megatron_xielu"},
     {"mcore", "recipes"},
-    {"training", "checkpoint", "analysis", "data", "bench", "integrations"},
+    {"training", "launch", "checkpoint", "analysis", "data", "bench", "integrations"},
     {"doctor"},
     {"cli", "__main__"},
 )

@@ -77,6 +77,7 @@ _on_gpu = partial(Check, gpu=True, capability=(8, 0))
 CHECKS = (
     # the first one may have to compile
     Check("CPU kernels", f"{_KERNELS}:on_cpu", seconds=240),
+    Check("limits", f"{_HERE}.limits:enough"),
     Check("2 ranks over gloo", f"{_RANKS}:over_gloo"),
     Check("training step", f"{_TRAINING}:learns", "local"),
     Check("checkpoint", f"{_TRAINING}:resumes", "local off"),

@@ -278,6 +278,12 @@ SEAMS = (
         "async_request",
     ),
     Seam(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
+        "is wrapped so that a stop signal does not end the process that it starts",
+        "mp_mode",
+        ".Manager().Queue()",
+    ),
+    Seam(
         "megatron.core.dist_checkpointing.serialization.save_config",
         "is wrapped so that rank 0's error does not leave the others waiting",
         "config checkpoint_dir",

@@ -36,8 +36,18 @@ from megatron_xielu.mcore import patches
 from megatron_xielu.mcore.observer import Listener, is_reporting_rank
 from megatron_xielu.mcore.preemption import Preemption
 from megatron_xielu.mcore.shard_file import ShardFile
+from megatron_xielu.signals import kept_from_children
 
 _UNKNOWN = "a rank could not write; the logs say why"
+
+
+def _around_queue(get_queue: Callable[..., Any]) -> Callable[..., Any]:
+    def started(*args: Any, **kwargs: Any) -> Any:
+        # it serves every save of this process by a process of its own
+        with kept_from_children():
+            return get_queue(*args, **kwargs)
+
+    return started
 
 
 class Store(Protocol):
@@ -124,6 +134,7 @@ class Saving:
         # what only rank 0 writes: an error must not leave the others waiting for it
         patches.wrap(FileSystemWriter, "finish", self._remembering)
         filesystem_async.open = self._open_shard
+        patches.wrap(filesystem_async, "get_write_results_queue", _around_queue)
         serialization = megatron.core.dist_checkpointing.serialization
         patches.wrap(serialization, "save_config", self._remembering)
 

@@ -30,13 +30,18 @@ class Stopped(BaseException):
 
 
 def is_rank() -> bool:
-    """Whether this process is one rank of a run, started here or by torchrun."""
+    """Whether this process is one rank of a run, started here, by torchrun or by srun."""
     return "RANK" in os.environ
 
 
 def is_child() -> bool:
     """Whether `launch` started this process and reports its end."""
     return _ERROR_PIPE in os.environ
+
+
+def is_of_torchrun() -> bool:
+    """Whether torchrun started this rank."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def end_with_parent() -> None:
@@ -53,6 +58,11 @@ def rank() -> int:
 def local_rank() -> int:
     """This process's rank among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Ranks of this process's run on its machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
 
 
 def world_size() -> int:

@@ -1,4 +1,4 @@
-"""`pretrain`: checks everything first, then runs ranks, here or as one of torchrun's."""
+"""`pretrain`: checks everything first, then runs ranks, here or as one of torchrun's or srun's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from typing import Any, NoReturn, TextIO
 from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
 from megatron_xielu.errors import UnhealthyRun, UserError
+from megatron_xielu.launch.job import wants_one_connection
+from megatron_xielu.launch.preflight import await_meeting, check_disk, check_machine
 from megatron_xielu.recipes import Recipe, check, fp8_format, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir, transformer_engine
@@ -115,8 +117,9 @@ def pretrain(request: Request, signals: StopSignals | None = None) -> int:
     recipe = load_recipe(request.recipe, request.overrides)
     check_keys(request.allow_changed)
     if launch.is_rank():
-        # read when the GPU is first touched; Megatron asks for it under tensor parallelism
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # read when the GPU is first touched
+        if wants_one_connection(recipe, request.megatron_flags):
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         _run_rank(request, recipe, signals or StopSignals())
     try:
         with launch.stopping_at_once():
@@ -130,7 +133,9 @@ def _start_ranks(request: Request, recipe: Recipe) -> int:
     job = _job(request, recipe, Machine.detect(), check_data=True)
     # a GPU is asked by a rank, because asking takes memory there for as long as a process lives
     activation = _activation(job) if job.machine.device == "cpu" else None
+    _check_limits(job, ranks=job.world_size)
     lock = _claim(job)
+    check_disk(job.recipe, job.run_dir, run_dir.latest_step(job.run_dir))
     print(format_plan(plan(job.recipe, job.world_size)))
     if activation is not None:
         print(activation)
@@ -141,6 +146,11 @@ def _start_ranks(request: Request, recipe: Recipe) -> int:
     arguments += ["--run-dir", str(job.run_dir), "--", *job.megatron_flags]
     logs = job.run_dir / run_dir.LOGS
     return launch.launch(arguments, job.world_size, logs, keep_open=[lock])
+
+
+def _check_limits(job: Job, *, ranks: int) -> None:
+    shared = job.recipe.data.num_workers > 0 or (job.machine.device == "cuda" and ranks > 1)
+    check_machine(world_size=job.world_size, shared_memory=shared)
 
 
 def _job(
@@ -206,8 +216,13 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
 
 def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoReturn:
     job = _job(request, recipe, Machine.detect(), check_data=True)
-    if not launch.is_child() and launch.rank() == 0:
-        _claim(job)
+    if not launch.is_child() and launch.local_rank() == 0:
+        _check_limits(job, ranks=launch.local_world_size())
+        if launch.rank() == 0:
+            _claim(job)
+            check_disk(job.recipe, job.run_dir, run_dir.latest_step(job.run_dir))
+        elif launch.local_world_size() < job.world_size:
+            await_meeting(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     launch.end_with_parent()
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
     with launch.logged_to(log) as terminal:
@@ -471,8 +486,8 @@ class _Listener:
         """Say once what a preemption needs, for a scheduler's notice before the end."""
         if not self._told_bound:
             self._told_bound = True
-            # torchrun itself does not survive SIGUSR1
-            hint = " (Slurm: --signal=USR1@SECONDS)" if launch.is_child() else ""
+            # unless told otherwise, torchrun itself does not survive SIGUSR1
+            hint = "" if launch.is_of_torchrun() else " (Slurm: --signal=USR1@SECONDS)"
             print(
                 f"a stop needs up to {wait + save:.1f} s by what was seen so far: {wait:.1f} s to "
                 f"end a step or evaluation batch, {save:.1f} s to save{hint}",

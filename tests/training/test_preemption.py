@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ranks import environment
@@ -109,6 +110,20 @@ def test_an_evaluation_is_left(where: str, finished: Path, data_dir: Path, tmp_p
     assert len(re.findall(r"a stop needs up to [\d.]+ s", output)) == 1
     # a loss of a part of the held-out text is no validation loss
     assert not any(r["type"] == "valid" and r["step"] == 7 for r in metrics(folder))
+
+
+def test_every_process_of_a_rank_is_told(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with started(command(folder, data_dir, *LONG, "checkpoint.save_interval=2")) as process:
+        # after a save, whose helpers stay
+        wait_for_step(process, folder, 4)
+        (rank, *_) = ranks_of(process.pid).values()
+        # srun signals a whole step
+        for each in [*psutil.Process(rank).children(recursive=True), psutil.Process(rank)]:
+            each.send_signal(signal.SIGUSR1)
+        output = end_of(process)
+    step = int(re.search(r"stopped at step (\d+), saved", output).group(1))  # type: ignore[union-attr]
+    assert 4 <= step == latest(folder) < 40
 
 
 def test_one_rank_of_torchruns_is_told(data_dir: Path, tmp_path: Path) -> None:

@@ -221,17 +221,30 @@ def test_a_run_outlives_a_full_disk(
 
 
 def test_a_run_whose_end_cannot_be_saved_fails(data_dir: Path, small_disk: Path) -> None:
+    # a start wants room for three saves
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     folder = small_disk / "run"
     words = command(folder, data_dir, *length(12), "checkpoint.save_interval=3", TP2)
-    done = run(words)
-    assert done.returncode == 1, done.stdout + done.stderr
-    print(done.stderr)
-    assert "error: step 12 could not be saved: [Errno 28] No space left on device" in done.stderr
-    assert "step 3 is saved whole, and training can go on from it" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert all(torch.isfinite(tensor.float()).all() for tensor in saved(folder, 3).values())
+    process = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (folder / "checkpoints/iter_0000003").is_dir():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        filler = fill(small_disk)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1, said
+    assert "error: step 12 could not be saved: [Errno 28] No space left on device" in said
+    stays = latest(folder)
+    assert 3 <= stays < 12
+    assert f"step {stays} is saved whole, and training can go on from it" in said
+    assert "Traceback" not in said
+    assert all(torch.isfinite(tensor.float()).all() for tensor in saved(folder, stays).values())
     # with room the same command goes on
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    filler.unlink()
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert latest(folder) == 12

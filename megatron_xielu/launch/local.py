@@ -1,0 +1,132 @@
+"""torchrun on machines that no scheduler manages: the same command on each of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shlex
+import socket
+import sys
+
+from megatron_xielu.errors import UserError
+from megatron_xielu.launch.job import Job, Setting, name_of, settings
+from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
+from megatron_xielu.launch.preflight import hold_node_id
+
+PORT = 29400
+_RESTARTS = 3
+
+
+def split_endpoint(head: str) -> tuple[str, int]:
+    """Host and port of HOST or HOST:PORT.
+
+    Raises:
+        UserError: the port is no number.
+    """
+    host, sign, port = head.partition(":")
+    if not host or (sign and not (port.isdecimal() and 0 < int(port) < 1 << 16)):
+        raise UserError(f"--head {head} must be HOST or HOST:PORT, as in node0:{PORT}")
+    return host, int(port or PORT)
+
+
+def own_address(host: str, port: int) -> tuple[str, bool]:
+    """This machine's address on the way to a host, and whether it is that host.
+
+    Raises:
+        UserError: there is no way to it, or the name stands for every machine itself.
+    """
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            # of UDP: chooses a way and sends nothing
+            probe.connect(target)
+            address = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(
+            f"--head {host} cannot be reached from here: {error.strerror}. Give the name or "
+            "address of the first node as the others see it."
+        ) from error
+    if ipaddress.ip_address(target[0]).is_loopback:
+        raise UserError(
+            f"--head {host} is {target[0]} here, which every node takes for itself, so that they "
+            "would wait for each other for good: give the address by which the others see that "
+            "node (/etc/hosts may map its own name to 127.x)"
+        )
+    return address, address == target[0]
+
+
+def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
+    """Variables and command for this machine.
+
+    Args:
+        head: where the nodes meet; None on one node.
+
+    Raises:
+        UserError: the recipe or the meeting point is wrong.
+    """
+    recipe = job.load()
+    folder = job.folder(recipe).absolute()
+    variables = settings(recipe, job.megatron_flags)
+    words = [sys.executable, "-m", "torch.distributed.run"]
+    words += ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.gpus_per_node)]
+    if job.nodes == 1:
+        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        words += ["--local-addr", "127.0.0.1"]
+    else:
+        if head is None:
+            raise UserError(
+                f"--nodes {job.nodes} needs a meeting point: give --head HOST, the first node's "
+                "name, on each of them"
+            )
+        host, port = split_endpoint(head)
+        address, is_head = own_address(host, port)
+        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
+        words += ["--rdzv-id", name_of(folder), "--rdzv-conf", f"is_host={int(is_head)}"]
+        words += ["--local-addr", address]
+        reason = "otherwise a node that was replaced never joins again (torch 2.13)"
+        variables.append(Setting("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1", reason))
+    words += ["--max-restarts", str(_RESTARTS), "--shutdown-timeout", str(job.stop_seconds)]
+    words += ["--signals-to-handle", SIGNALS_TO_HANDLE, "-m", "megatron_xielu"]
+    return variables, [*words, *job.arguments(folder)]
+
+
+def render(job: Job, head: str | None) -> str:
+    """The command of this machine as a shell script, with the reasons."""
+    variables, words = torchrun(job, head)
+    lines = ["#!/bin/sh"]
+    if job.nodes > 1:
+        lines += [
+            f"# of {job.nodes} nodes this one; the others give the same `megatron-xielu launch`",
+            "# --local-addr: a host name may stand for 127.x, where every node meets itself alone",
+            "# is_host: which node serves the meeting, which torchrun guesses from host names",
+        ]
+    lines += [
+        f"# --shutdown-timeout: ranks get {job.stop_seconds} s to save after a signal, not 30",
+        "# --signals-to-handle: by default SIGUSR1 kills torchrun and leaves its ranks",
+    ]
+    for setting in variables:
+        lines += [f"# {setting.reason}", f"export {setting.name}={setting.value}"]
+    return "\n".join([*lines, f"exec {_wrapped(words)}", ""])
+
+
+def _wrapped(words: list[str]) -> str:
+    """One option per line."""
+    text = shlex.join(words[:3])
+    for word in words[3:]:
+        text += f" \\\n  {word}" if word.startswith("-") else f" {shlex.quote(word)}"
+    return text
+
+
+def run(job: Job, head: str | None) -> None:
+    """Become this machine's torchrun.
+
+    Raises:
+        UserError: it could not be told from another one.
+    """
+    variables, words = torchrun(job, head)
+    if job.nodes > 1:
+        hold_node_id(words[words.index("--local-addr") + 1])
+    for setting in variables:
+        os.environ[setting.name] = setting.value
+    sys.stdout.flush()
+    os.execv(words[0], words)

@@ -1,0 +1,270 @@
+"""`launch`: what it renders is valid, and runs: by torchrun, and by a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_xielu.errors import UserError
+from megatron_xielu.launch import kubernetes, local, slurm
+from megatron_xielu.launch.job import Job, name_of, wants_one_connection
+from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
+from megatron_xielu.recipes import load_recipe
+from tests.conftest import SMALL
+from tests.launch.conftest import Cluster, cluster_states
+from tests.ranks import ROOT
+from tests.training.test_pretrain import latest, metrics, run
+
+TWO_RANKS = "parallel.tensor_model_parallel_size=2"
+# long enough for something to happen in its middle
+STEPS = 150
+LONG = (
+    f"training.train_iters={STEPS}",
+    "schedule.lr_wsd_decay_iters=10",
+    "logging.eval_interval=1000",
+    "checkpoint.save_interval=10",
+)
+PAPER = Job(recipe="llama-3b-xielu", overrides=("data.path=/data/x y",), nodes=2, gpus_per_node=8)
+
+
+def launch(target: str, run_dir: Path, data: Path, *words: str) -> list[str]:
+    program = [sys.executable, "-m", "megatron_xielu", "launch", target, "tiny"]
+    return [*program, "--run-dir", str(run_dir), *SMALL, TWO_RANKS, f"data.path={data}", *words]
+
+
+def test_torchrun_on_one_node(data_dir: Path, tmp_path: Path) -> None:
+    words = launch("local", tmp_path / "run", data_dir, "--gpus-per-node", "2")
+    script = run(words).stdout
+    assert "--shutdown-timeout 300" in script
+    done = run([*words, "--submit"])
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in metrics(tmp_path / "run") if r["type"] == "train"] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_printed_for_torchrun_can_be_run(data_dir: Path, tmp_path: Path) -> None:
+    script = run(launch("local", tmp_path / "run", data_dir, "--gpus-per-node", "2")).stdout
+    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+    # every option is torchrun's
+    parsed = script.replace("exec ", "exec echo ").replace("-m megatron_xielu pretrain", "--help")
+    parsed = parsed.replace("exec echo", "exec")
+    assert subprocess.run(["sh"], input=parsed, text=True, capture_output=True).returncode == 0
+
+
+def test_several_nodes_meet_at_an_address_that_all_see() -> None:
+    with pytest.raises(UserError, match=r"--nodes 2 needs a meeting point: give --head HOST"):
+        local.render(PAPER, None)
+    with pytest.raises(UserError, match=r"--head localhost is \S+ here, which every node takes"):
+        local.render(PAPER, "localhost")
+    with pytest.raises(UserError, match=r"--head node0:x must be HOST or HOST:PORT"):
+        local.render(PAPER, "node0:x")
+    with pytest.raises(UserError, match=r"--head nowhere.invalid cannot be reached from here: "):
+        local.render(PAPER, "nowhere.invalid")
+
+
+def test_the_commands_of_the_document(tmp_path: Path) -> None:
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^megatron-xielu (launch .*)$", text, re.MULTILINE)
+    assert {line.split()[1] for line in lines} == {"local", "slurm", "k8s"}
+    for line in lines:
+        words = line.replace("--head node0", f"--head {own_address()}").split()
+        done = run([sys.executable, "-m", "megatron_xielu", *words], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def own_address() -> str:
+    """Another one than 127.x, by which nodes could meet."""
+    found = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+    if not found:
+        pytest.skip("this machine has no address but 127.0.0.1")
+    return found[0]
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_a_scheduler_sees_it() -> None:
+    job = Job(recipe="llama-3b-xielu", nodes=1, gpus_per_node=1)
+    with pytest.raises(UserError, match="tensor_model_parallel_size"):
+        slurm.render(job, time="1:00:00")
+
+
+def test_one_connection_is_for_tensor_parallelism_without_fsdp() -> None:
+    one, two = load_recipe("llama-1.1b-xielu"), load_recipe("llama-3b-xielu")
+    assert not wants_one_connection(one, [])
+    assert wants_one_connection(one, ["--context-parallel-size", "2"])
+    assert wants_one_connection(two, [])
+    assert not wants_one_connection(two, ["--use-megatron-fsdp"])
+
+
+def test_the_name_is_that_of_the_run_folder() -> None:
+    assert name_of(Path("runs/Llama_3B.a")) == "llama-3b-a"
+    with pytest.raises(UserError, match=r"'___' names the job, so it needs 1 to 50 letters"):
+        name_of(Path("runs/___"))
+
+
+def test_the_batch_script_is_sound() -> None:
+    script = slurm.render(PAPER, time="1-00:00:00", image="repo#image:1")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "--container-image=repo#image:1" in script
+    assert "'data.path=/data/x y'" in script
+    # Slurm's notice comes before the ranks' time to save, by its own margin
+    assert "#SBATCH --signal=B:USR1@360" in script
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck:
+        found = subprocess.run([shellcheck, "-"], input=script, text=True, capture_output=True)
+        assert found.returncode == 0, found.stdout
+
+
+def rendered(trainjob: bool) -> list[dict[str, Any]]:
+    text = kubernetes.render(
+        PAPER, image="repo/image:1", volume="training:/data", trainjob=trainjob
+    )
+    return list(yaml.safe_load_all(text))
+
+
+def test_the_indexed_job() -> None:
+    service, job = rendered(trainjob=False)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    # the name that the service gives to the first pod
+    assert variables["PET_MASTER_ADDR"] == "llama-3b-xielu-0.llama-3b-xielu"
+    assert service["metadata"]["name"] == pod["subdomain"] == job["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert variables["PET_SIGNALS_TO_HANDLE"] == SIGNALS_TO_HANDLE
+    assert int(variables["PET_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert container["command"][:2] == ["megatron-xielu", "pretrain"]
+    assert "/data/runs/llama-3b-xielu" in container["command"]
+    assert "data.path=/data/x y" in container["command"]
+
+
+def test_the_indexed_job_fits_kubernetes_schemas() -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for manifest in rendered(trainjob=False):
+        validate(manifest, "1.31", strict=True)
+
+
+def test_the_trainjob_fits_kubeflows_models() -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    (manifest,) = rendered(trainjob=True)
+    # unknown keys are dropped without a word
+    read = models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict()
+    read.pop("status", None)
+    assert read == manifest
+
+
+def test_a_run_folder_that_would_be_lost_with_its_pod() -> None:
+    lost = Job(recipe="tiny", gpus_per_node=2, run_dir=Path("/runs/x"))
+    with pytest.raises(UserError, match=r"--run-dir /runs/x is not on the volume at /data"):
+        kubernetes.render(lost, image="x", volume="training:/data")
+    with pytest.raises(UserError, match=r"--volume training must be CLAIM:FOLDER"):
+        kubernetes.render(lost, image="x", volume="training")
+
+
+def test_what_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="sbatch is not here: run this on a login node"):
+        slurm.submit("")
+    with pytest.raises(UserError, match="kubectl is not here: keep the manifest"):
+        kubernetes.submit("")
+
+
+def submitted(slurm: Cluster, folder: Path, data: Path) -> str:
+    """The job's number, of a run on two nodes of one rank."""
+    options = ["--nodes", "2", "--gpus-per-node", "1", "--time", "20"]
+    script = run(launch("slurm", folder, data, *LONG, *options)).stdout
+    # these nodes have no GPUs to ask for
+    script = script.replace("#SBATCH --gpus-per-node=1\n", "")
+    script = script.replace("%x-%j.out", f"{folder.parent}/%j.out")
+    found = re.search(r"\d+", slurm.run("sbatch", text=script))
+    assert found
+    return found.group()
+
+
+def wait_for_step(slurm: Cluster, job: str, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(r["type"] == "train" and r["step"] >= step for r in metrics(folder)):
+        said = slurm.wait(job, "PENDING", "RUNNING")
+        assert time.monotonic() < deadline, said
+        time.sleep(0.2)
+
+
+def check_whole(folder: Path, most_repeated: int) -> None:
+    """Every step was trained, few of them twice."""
+    steps = [r["step"] for r in metrics(folder) if r["type"] == "train"]
+    assert set(steps) == set(range(1, STEPS + 1))
+    assert len(steps) - STEPS <= most_repeated
+    assert latest(folder) == STEPS
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_is_saved_and_its_next_one_goes_on(
+    slurm: Cluster, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = submitted(slurm, folder, data_dir)
+    wait_for_step(slurm, job, folder, 12)
+    # as --signal=B:USR1 does, whose clock has minutes
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    begin = time.monotonic()
+    slurm.wait(job, "COMPLETED")
+    print(f"saved and over {time.monotonic() - begin:.1f} s after the notice")
+    following = str(int(job) + 1)
+    slurm.wait(following, "COMPLETED")
+    print(f"the next job had finished {time.monotonic() - begin:.1f} s after it")
+    assert "its next job goes on" in (tmp_path / f"{job}.out").read_text()
+    check_whole(folder, most_repeated=0)
+
+
+@pytest.mark.slow
+def test_a_lost_node_requeues_the_job_which_goes_on(
+    slurm: Cluster, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = submitted(slurm, folder, data_dir)
+    wait_for_step(slurm, job, folder, 15)
+    begin = time.monotonic()
+    kill_node(slurm, "n2")
+    slurm.wait(job, "PENDING")
+    print(f"requeued {time.monotonic() - begin:.1f} s after the kill")
+    slurm.start("n2")
+    slurm.wait(job, "RUNNING")
+    print(f"started again {time.monotonic() - begin:.1f} s after the kill")
+    said = slurm.wait(job, "COMPLETED")
+    print(f"over {time.monotonic() - begin:.1f} s after the kill")
+    assert int(said["Restarts"]) == 1
+    check_whole(folder, most_repeated=15)
+
+
+def kill_node(slurm: Cluster, name: str) -> None:
+    """Its daemon and all that it started."""
+    daemon = slurm.daemons[name]
+    marks = {f"SLURMD_NODENAME={name}", f"SLURM_CONF={slurm.folder}/slurm.conf"}
+    victims = [daemon.pid]
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = set((folder / "environ").read_bytes().decode().split("\0"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        if marks <= variables:
+            victims.append(int(folder.name))
+    assert len(victims) > 1
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    daemon.wait()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_requeued(slurm: Cluster, data_dir: Path, tmp_path: Path) -> None:
+    job = submitted(slurm, tmp_path / "run", tmp_path / "no-data")
+    said = slurm.wait(job, "FAILED")
+    assert said["ExitCode"] == "2:0", (tmp_path / f"{job}.out").read_text()
+    assert said["Restarts"] == "0"
+    assert cluster_states(slurm) == ["idle", "idle"]
