@@ -37,7 +37,7 @@ def check_machine(
     """Refuse limits of this machine that a run would meet later.
 
     Args:
-        shared_memory: its ranks pass data through `shm`: NCCL between GPUs, and data workers.
+        shared_memory: its ranks pass data through `shm`, as NCCL does between GPUs.
 
     Raises:
         UserError: with all that is too low.
@@ -45,7 +45,7 @@ def check_machine(
     problems = []
     if shared_memory and shm.is_dir() and (free := shutil.disk_usage(shm).free) < _SHM:
         problems.append(
-            f"{shm} has {free / _GIB:.2f} GiB free, and NCCL between GPUs and data workers need "
+            f"{shm} has {free / _GIB:.2f} GiB free, and NCCL between GPUs needs "
             "1 GiB: start the container with --ipc=host or --shm-size=1g (Kubernetes: an emptyDir "
             "of medium Memory at /dev/shm)"
         )

@@ -149,7 +149,7 @@ def _start_ranks(request: Request, recipe: Recipe) -> int:
 
 
 def _check_limits(job: Job, *, ranks: int) -> None:
-    shared = job.recipe.data.num_workers > 0 or (job.machine.device == "cuda" and ranks > 1)
+    shared = job.machine.device == "cuda" and ranks > 1
     check_machine(world_size=job.world_size, shared_memory=shared)
 
 
