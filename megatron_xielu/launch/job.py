@@ -13,6 +13,7 @@ from megatron_xielu.recipes import Recipe, check, load_recipe
 
 # Megatron's fully sharded data parallelism wants the opposite
 _FSDP = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
+_CUTS = {"--tensor-model-parallel-size", "--context-parallel-size"}
 
 
 @dataclass(frozen=True)
@@ -85,5 +86,5 @@ def settings(recipe: Recipe, megatron_flags: Sequence[str]) -> list[Setting]:
 def wants_one_connection(recipe: Recipe, megatron_flags: Collection[str]) -> bool:
     """Whether Megatron asserts CUDA_DEVICE_MAX_CONNECTIONS=1; FSDP asserts that it is not 1."""
     flags = {flag.partition("=")[0] for flag in megatron_flags}
-    cut = recipe.parallel.tensor_model_parallel_size > 1 or "--context-parallel-size" in flags
+    cut = recipe.parallel.tensor_model_parallel_size > 1 or bool(_CUTS & flags)
     return cut and not _FSDP & flags

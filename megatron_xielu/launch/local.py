@@ -55,6 +55,19 @@ def own_address(host: str, port: int) -> tuple[str, bool]:
     return address, address == target[0]
 
 
+def interface_of(address: str) -> str:
+    """The network interface that has an address of this machine's."""
+    import psutil
+
+    for name, found in psutil.net_if_addrs().items():
+        if address in (each.address for each in found):
+            return name
+    raise UserError(
+        f"no network interface has this machine's address {address}: set GLOO_SOCKET_IFNAME to the "
+        "one by which the nodes see each other"
+    )
+
+
 def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
     """Variables and command for this machine.
 
@@ -83,6 +96,9 @@ def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
         words += ["--rdzv-id", name_of(folder), "--rdzv-conf", f"is_host={int(is_head)}"]
         words += ["--local-addr", address]
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            reason = "otherwise gloo uses the address of this host's name, which may be 127.x"
+            variables.append(Setting("GLOO_SOCKET_IFNAME", interface_of(address), reason))
         reason = "otherwise a node that was replaced never joins again (torch 2.13)"
         variables.append(Setting("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1", reason))
     words += ["--max-restarts", str(_RESTARTS), "--shutdown-timeout", str(job.stop_seconds)]

@@ -99,6 +99,8 @@ def test_one_connection_is_for_tensor_parallelism_without_fsdp() -> None:
     one, two = load_recipe("llama-1.1b-xielu"), load_recipe("llama-3b-xielu")
     assert not wants_one_connection(one, [])
     assert wants_one_connection(one, ["--context-parallel-size", "2"])
+    # Megatron's own flag wins over the recipe
+    assert wants_one_connection(one, ["--tensor-model-parallel-size=2"])
     assert wants_one_connection(two, [])
     assert not wants_one_connection(two, ["--use-megatron-fsdp"])
 
