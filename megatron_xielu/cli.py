@@ -355,65 +355,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="replace another data folder")
     command.set_defaults(run=_prepare_data)
 
-    convert = commands.add_parser("convert", help="a checkpoint to another format")
-    formats = convert.add_subparsers(required=True, metavar="FORMAT")
-    command = formats.add_parser("to-hf", help="to a Hugging Face folder")
-    command.add_argument("source", type=Path, help="a run folder or one of its checkpoints")
-    command.add_argument("out", type=Path, help="the folder to write")
-    command.add_argument(
-        "--arch",
-        choices=("auto", "arcee", "apertus", "llama", "qwen3"),
-        default="auto",
-        help="the class of transformers (default: the one that fits)",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of all but xIELU's alphas (default: the checkpoint's)",
-    )
-    command.add_argument("--tokenizer", type=Path, help="if the run's data is not here")
-    command.add_argument(
-        "--max-shard-size", type=_size, default=_size("5GB"), metavar="5GB", help="of one file"
-    )
-    command.add_argument("--untie", action="store_true", help="write tied embeddings twice")
-    command.add_argument(
-        "--drop-mtp", action="store_true", help="leave out layers of multi-token prediction"
-    )
-    command.add_argument(
-        "--no-verify", action="store_true", help="do not compare the result with the checkpoint"
-    )
-    _add_arg(command)
-    command.set_defaults(run=_convert_to_hf)
-    command = formats.add_parser("to-gguf", help="of an Apertus folder, for llama.cpp")
-    command.add_argument("hf_dir", type=Path, help="a Hugging Face folder, such as to-hf writes")
-    command.add_argument("out", type=Path, help="the .gguf file to write")
-    command.add_argument(
-        "--dtype", choices=("f32", "bf16", "q8_0"), help="of the matrices (default: the folder's)"
-    )
-    command.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
-    command.set_defaults(run=_convert_to_gguf)
-
-    command = formats.add_parser("from-hf", help="a Hugging Face folder to a run to train on")
-    command.add_argument("hf_dir", type=Path, help="with safetensors files")
-    command.add_argument("out", type=Path, help="the run folder to write")
-    command.add_argument(
-        "--no-verify", action="store_true", help="do not compare the result with the folder"
-    )
-    command.set_defaults(run=_convert_from_hf)
-
-    checkpoint = commands.add_parser("checkpoint", help="the saved steps of a run")
-    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
-    for name, text, steps, action in (
-        ("ls", "list them", None, _checkpoint_ls),
-        ("verify", "read every byte; 1: a step is damaged", "*", _checkpoint_verify),
-        ("rm", "remove some, never the latest", "+", _checkpoint_rm),
-    ):
-        command = actions.add_parser(name, help=text)
-        command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-        if steps:
-            command.add_argument("steps", type=_positive, nargs=steps, metavar="STEP")
-        command.set_defaults(run=action)
+    _add_convert(commands)
+    _add_checkpoint(commands)
 
     command = commands.add_parser(
         "verify", help="compare two models, checkpoints or Hugging Face folders; 1: they differ"
@@ -444,6 +387,71 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="where to")
     command.set_defaults(run=_quickstart)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="a checkpoint to another format")
+    formats = convert.add_subparsers(required=True, metavar="FORMAT")
+    command = formats.add_parser("to-hf", help="to a Hugging Face folder")
+    command.add_argument("source", type=Path, help="a run folder or one of its checkpoints")
+    command.add_argument("out", type=Path, help="the folder to write")
+    command.add_argument(
+        "--arch",
+        choices=("auto", "arcee", "apertus", "llama", "qwen3"),
+        default="auto",
+        help="the class of transformers (default: the one that fits)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of all but xIELU's alphas (default: the checkpoint's)",
+    )
+    command.add_argument("--tokenizer", type=Path, help="if the run's data is not here")
+    command.add_argument(
+        "--max-shard-size", type=_size, default=_size("5GB"), metavar="5GB", help="of one file"
+    )
+    command.add_argument("--untie", action="store_true", help="write tied embeddings twice")
+    command.add_argument(
+        "--drop-mtp", action="store_true", help="leave out layers of multi-token prediction"
+    )
+    command.add_argument(
+        "--no-verify", action="store_true", help="do not compare the result with the checkpoint"
+    )
+    _add_arg(command)
+    command.set_defaults(run=_convert_to_hf)
+
+    command = formats.add_parser("to-gguf", help="of an Apertus folder, for llama.cpp")
+    command.add_argument("hf_dir", type=Path, help="a Hugging Face folder, such as to-hf writes")
+    command.add_argument("out", type=Path, help="the .gguf file to write")
+    command.add_argument(
+        "--dtype", choices=("f32", "bf16", "q8_0"), help="of the matrices (default: the folder's)"
+    )
+    command.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
+    command.set_defaults(run=_convert_to_gguf)
+
+    command = formats.add_parser("from-hf", help="a Hugging Face folder to a run to train on")
+    command.add_argument("hf_dir", type=Path, help="with safetensors files")
+    command.add_argument("out", type=Path, help="the run folder to write")
+    command.add_argument(
+        "--no-verify", action="store_true", help="do not compare the result with the folder"
+    )
+    command.set_defaults(run=_convert_from_hf)
+
+
+def _add_checkpoint(commands: Any) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="the saved steps of a run")
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    for name, text, steps, action in (
+        ("ls", "list them", None, _checkpoint_ls),
+        ("verify", "read every byte; 1: a step is damaged", "*", _checkpoint_verify),
+        ("rm", "remove some, never the latest", "+", _checkpoint_rm),
+    ):
+        command = actions.add_parser(name, help=text)
+        command.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+        if steps:
+            command.add_argument("steps", type=_positive, nargs=steps, metavar="STEP")
+        command.set_defaults(run=action)
 
 
 def _add_launch(commands: Any) -> None:
