@@ -424,7 +424,8 @@ def test_a_run_says_whose_optimizer_and_gradients_it_has(
 
 def test_xielus_settings_reach_its_placeholder() -> None:
     keys = ["xielu.alpha_p_init=1.25", "xielu.alpha_n_init=2", "xielu.beta=0.75"]
-    keys += ["xielu.impl=eager", "xielu.recompute=true", "fp8.fc2_input=bf16"]
+    keys += ["xielu.impl=eager", "xielu.recompute=true", "xielu.saved_input=e4m3"]
+    keys += ["fp8.fc2_input=bf16"]
     found = vars(_placeholder(load_recipe("tiny", keys)))
     assert found == {
         "alpha_p_init": 1.25,
@@ -433,4 +434,5 @@ def test_xielus_settings_reach_its_placeholder() -> None:
         "impl": "eager",
         "recompute": True,
         "fc2_input": "bf16",
+        "saved_input": "e4m3",
     }
