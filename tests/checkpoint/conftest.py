@@ -30,6 +30,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(count)
 
 
+@pytest.fixture
+def big_folder(tmp_path: Path) -> Iterator[Path]:
+    """Where a copy of the 8B model fits; emptied even after a failure, which may have filled it."""
+    needed, free = 17e9, shutil.disk_usage(tmp_path).free
+    if free < needed:
+        pytest.skip(f"{free / 1e9:.1f} GB are free, and the model needs {needed / 1e9:.0f} GB")
+    yield tmp_path
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path)
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run folder of each layout; not to be changed."""

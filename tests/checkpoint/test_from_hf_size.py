@@ -44,8 +44,8 @@ def write_sparse(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_8b_in_the_memory_of_two_tensors(tmp_path: Path) -> None:
-    hf, out = tmp_path / "hf", tmp_path / "out"
+def test_8b_in_the_memory_of_two_tensors(big_folder: Path) -> None:
+    hf, out = big_folder / "hf", big_folder / "out"
     num_bytes = write_sparse(hf)
     # conversion syncs too
     copying = timed("sh", "-c", f"cp --sparse=never -r {hf} {out} && sync {out}/*")

@@ -59,8 +59,8 @@ def timed(*command: str) -> tuple[float, float, str]:
 
 
 @pytest.mark.slow
-def test_8b_in_the_memory_of_two_tensors(tmp_path: Path) -> None:
-    step, out = tmp_path / "iter_0000010", tmp_path / "out"
+def test_8b_in_the_memory_of_two_tensors(big_folder: Path) -> None:
+    step, out = big_folder / "iter_0000010", big_folder / "out"
     num_bytes = sparse_checkpoint.write(step, EIGHT_B, torch.bfloat16)
     # twice: to touch memory first, also that of the file system's cache, is slow
     for _ in range(2):
