@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
@@ -15,6 +16,23 @@ _PORT = 29500
 # for what is not the save: ending torchrun and writing logs
 _MARGIN = 60
 _RESTARTS = 3
+
+# the last of a container and of its pod, in both manifests
+_STORAGE = """\
+  volumeMounts:
+  - name: shared
+    mountPath: {mount}
+  # NCCL and data workers use it; a container has 64 MB by default
+  - name: shm
+    mountPath: /dev/shm
+volumes:
+- name: shared
+  persistentVolumeClaim:
+    claimName: {claim}
+- name: shm
+  emptyDir:
+    medium: Memory
+"""
 
 _JOB = """\
 # written by `megatron-xielu launch k8s`
@@ -75,20 +93,7 @@ spec:
         resources:
           limits:
             nvidia.com/gpu: {gpus}
-        volumeMounts:
-        - name: shared
-          mountPath: {mount}
-        # NCCL and data workers use it; a container has 64 MB by default
-        - name: shm
-          mountPath: /dev/shm
-      volumes:
-      - name: shared
-        persistentVolumeClaim:
-          claimName: {claim}
-      - name: shm
-        emptyDir:
-          medium: Memory
-"""
+""" + indent(_STORAGE, 6 * " ")
 
 _TRAIN_JOB = """\
 # written by `megatron-xielu launch k8s --trainjob`
@@ -125,20 +130,7 @@ spec:
                     terminationGracePeriodSeconds: {grace}
                     containers:
                     - name: node
-                      volumeMounts:
-                      - name: shared
-                        mountPath: {mount}
-                      # NCCL and data workers use it; a container has 64 MB by default
-                      - name: shm
-                        mountPath: /dev/shm
-                    volumes:
-                    - name: shared
-                      persistentVolumeClaim:
-                        claimName: {claim}
-                    - name: shm
-                      emptyDir:
-                        medium: Memory
-"""
+""" + indent(_STORAGE, 20 * " ")
 
 
 def render(job: Job, *, image: str, volume: str, trainjob: bool = False) -> str:
@@ -186,15 +178,15 @@ def render(job: Job, *, image: str, volume: str, trainjob: bool = False) -> str:
         port=_PORT,
         mount=json.dumps(mount),
         claim=json.dumps(claim),
-        env=_env(variables, indent=4 if trainjob else 8),
+        env=indent(_env(variables), (4 if trainjob else 8) * " "),
     )
 
 
-def _env(variables: Sequence[Setting], indent: int) -> str:
+def _env(variables: Sequence[Setting]) -> str:
     lines = []
     for each in variables:
-        lines += [f"# {each.reason}", f"- name: {each.name}", f'  value: "{each.value}"']
-    return "\n".join(" " * indent + line for line in lines)
+        lines += [f"# {each.reason}", f"- name: {each.name}", f"  value: {json.dumps(each.value)}"]
+    return "\n".join(lines)
 
 
 def submit(manifest: str) -> None:
