@@ -89,7 +89,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> None:
-    from megatron_xielu.launch import kubernetes, local, slurm
+    from megatron_xielu.launch import docker, kubernetes, local, slurm
     from megatron_xielu.launch.job import Job
 
     job = Job(
@@ -105,6 +105,13 @@ def _launch(args: argparse.Namespace) -> None:
         if args.submit:
             local.run(job, args.head)
         print(local.render(job, args.head), end="")
+    elif args.target == "docker":
+        command = docker.render(
+            job, image=args.image, head=args.head, volumes=args.volume, cpu=args.cpu
+        )
+        print(command, end="", flush=True)
+        if args.submit:
+            docker.submit(command)
     elif args.target == "slurm":
         script = slurm.render(job, time=args.time, image=args.image)
         print(script, end="", flush=True)
@@ -459,6 +466,7 @@ def _add_launch(commands: Any) -> None:
     targets = launch.add_subparsers(required=True, metavar="TARGET", dest="target")
     for target, text, submit in (
         ("local", "torchrun; give the same command on every node", "run it"),
+        ("docker", "docker run; give the same command on every node", "run it"),
         ("slurm", "a batch script", "hand it to sbatch"),
         ("k8s", "a manifest for Kubernetes", "hand it to kubectl"),
     ):
@@ -480,13 +488,23 @@ def _add_launch(commands: Any) -> None:
             help="what a stopped run gets to save (default: 300; a run prints what it needs)",
         )
         command.add_argument("--submit", action="store_true", help=f"{submit} as well")
-        if target == "local":
+        if target in ("local", "docker"):
             command.add_argument("--head", metavar="HOST[:PORT]", help="where the nodes meet")
+        if target in ("docker", "k8s"):
+            command.add_argument("--image", required=True, help="of the container")
+        if target == "docker":
+            command.add_argument(
+                "--volume",
+                action="append",
+                default=[],
+                metavar="FOLDER[:TARGET[:ro]]",
+                help="mounted besides what the run reads and writes; may be given again",
+            )
+            command.add_argument("--cpu", action="store_true", help="ranks on CPUs, no GPUs")
         elif target == "slurm":
             command.add_argument("--time", default="24:00:00", help="of one job of the chain")
             command.add_argument("--image", help="a container, by pyxis")
-        else:
-            command.add_argument("--image", required=True, help="the container")
+        elif target == "k8s":
             command.add_argument(
                 "--volume",
                 required=True,

@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Sequence
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
@@ -27,6 +28,20 @@ def split_endpoint(head: str) -> tuple[str, int]:
     if not host or (sign and not (port.isdecimal() and 0 < int(port) < 1 << 16)):
         raise UserError(f"--head {head} must be HOST or HOST:PORT, as in node0:{PORT}")
     return host, int(port or PORT)
+
+
+def meeting_point(job: Job, head: str | None) -> tuple[str, int]:
+    """Host and port where the nodes of a job meet.
+
+    Raises:
+        UserError: there is none, or the port is no number.
+    """
+    if head is None:
+        raise UserError(
+            f"--nodes {job.nodes} needs a meeting point: give --head HOST, the first node's name, "
+            "on each of them"
+        )
+    return split_endpoint(head)
 
 
 def own_address(host: str, port: int) -> tuple[str, bool]:
@@ -86,12 +101,7 @@ def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         words += ["--local-addr", "127.0.0.1"]
     else:
-        if head is None:
-            raise UserError(
-                f"--nodes {job.nodes} needs a meeting point: give --head HOST, the first node's "
-                "name, on each of them"
-            )
-        host, port = split_endpoint(head)
+        host, port = meeting_point(job, head)
         address, is_head = own_address(host, port)
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
         words += ["--rdzv-id", name_of(folder), "--rdzv-conf", f"is_host={int(is_head)}"]
@@ -121,15 +131,15 @@ def render(job: Job, head: str | None) -> str:
         "# --signals-to-handle: by default SIGUSR1 kills torchrun and leaves its ranks",
     ]
     for setting in variables:
-        lines += [f"# {setting.reason}", f"export {setting.name}={setting.value}"]
-    return "\n".join([*lines, f"exec {_wrapped(words)}", ""])
+        lines += [f"# {setting.reason}", f"export {setting.name}={shlex.quote(setting.value)}"]
+    return "\n".join([*lines, f"exec {wrapped(words)}", ""])
 
 
-def _wrapped(words: list[str]) -> str:
-    """One option per line."""
+def wrapped(words: Sequence[str]) -> str:
+    """A shell's command with one option per line."""
     text = shlex.join(words[:3])
     for word in words[3:]:
-        text += f" \\\n  {word}" if word.startswith("-") else f" {shlex.quote(word)}"
+        text += (" \\\n  " if word.startswith("-") else " ") + shlex.quote(word)
     return text
 
 

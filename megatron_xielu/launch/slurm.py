@@ -5,10 +5,13 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_xielu.errors import UserError
-from megatron_xielu.launch.job import Job, name_of, settings
+from megatron_xielu.launch.job import Job, Setting, name_of, settings
+from megatron_xielu.launch.mounts import mounts
+from megatron_xielu.recipes import Recipe
 
 # Slurm may give its notice so much earlier, so this does not make it later than asked
 _MARGIN = 60
@@ -76,23 +79,18 @@ def render(job: Job, *, time: str, image: str | None = None) -> str:
 
     Args:
         time: the limit of one job, in Slurm's words; the chain goes on after it.
-        image: for pyxis, which then mounts the folder it is submitted from and the run folder.
+        image: for pyxis, which then mounts the folder it is submitted from, the run's and the data.
 
     Raises:
-        UserError: the recipe is wrong.
+        UserError: the recipe is wrong, or a folder cannot be mounted.
     """
     recipe = job.load()
     folder = job.folder(recipe).absolute()
     program = ["megatron-xielu"] if image else [sys.executable, "-m", "megatron_xielu"]
+    variables = settings(recipe, job.megatron_flags)
     exports = [
-        f"# {setting.reason}\nexport {setting.name}={setting.value}"
-        for setting in settings(recipe, job.megatron_flags)
-    ]
-    mounts = dict.fromkeys([Path.cwd(), folder.parent])
-    container = [
-        f"--container-image={image}",
-        f"--container-mounts={','.join(f'{path}:{path}' for path in mounts)}",
-        f"--container-workdir={Path.cwd()}",
+        f"# {setting.reason}\nexport {setting.name}={shlex.quote(setting.value)}"
+        for setting in variables
     ]
     return _SCRIPT.format(
         name=name_of(folder),
@@ -101,11 +99,24 @@ def render(job: Job, *, time: str, image: str | None = None) -> str:
         time=time,
         stop=job.stop_seconds,
         notice=job.stop_seconds + _MARGIN,
-        container=" ".join(f"'{word}'" for word in container) if image else "",
+        container=shlex.join(_container(image, job, recipe, variables)) if image else "",
         exports="\n".join(exports),
         command=shlex.join([*program, *job.arguments(folder)]),
         restarts=_RESTARTS,
     )
+
+
+def _container(image: str, job: Job, recipe: Recipe, variables: Sequence[Setting]) -> Iterator[str]:
+    """pyxis' options."""
+    yield f"--container-image={image}"
+    yield "--container-mounts=" + ",".join(
+        f"{mount.source}:{mount.target}" + (":ro" if mount.read_only else "")
+        for mount in mounts(job, recipe)
+    )
+    yield f"--container-workdir={Path.cwd()}"
+    if variables:
+        # which the image's own values would override otherwise
+        yield f"--container-env={','.join(setting.name for setting in variables)}"
 
 
 def submit(script: str) -> None:

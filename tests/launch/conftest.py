@@ -131,3 +131,20 @@ def cluster_states(cluster: Cluster) -> list[str]:
     words = ["sinfo", "--noheader", "--Node", "--format=%t"]
     done = subprocess.run(words, env=cluster.environment, capture_output=True, text=True)
     return done.stdout.split()
+
+
+def arguments_of(program: str, script: str, folder: Path) -> list[str]:
+    """What a shell script gives to a program, whose place one takes that prints it."""
+    folder.mkdir(exist_ok=True)
+    (folder / program).write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    (folder / program).chmod(0o755)
+    done = subprocess.run(
+        ["bash"],
+        env=environment(PATH=f"{folder}{os.pathsep}{os.environ['PATH']}"),
+        input=script,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\0")[:-1]

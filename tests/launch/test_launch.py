@@ -10,18 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from megatron_xielu.errors import UserError
-from megatron_xielu.launch import kubernetes, local, slurm
+from megatron_xielu.launch import docker, kubernetes, local, slurm
 from megatron_xielu.launch.job import Job, name_of, wants_one_connection
-from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
 from megatron_xielu.recipes import load_recipe
 from tests.conftest import SMALL
-from tests.launch.conftest import Cluster, cluster_states
+from tests.launch.conftest import Cluster, arguments_of, cluster_states
 from tests.ranks import ROOT
 from tests.training.test_pretrain import latest, metrics, run
 
@@ -74,7 +71,7 @@ def test_several_nodes_meet_at_an_address_that_all_see() -> None:
 def test_the_commands_of_the_document(tmp_path: Path) -> None:
     text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     lines = re.findall(r"^megatron-xielu (launch .*)$", text, re.MULTILINE)
-    assert {line.split()[1] for line in lines} == {"local", "slurm", "k8s"}
+    assert {line.split()[1] for line in lines} == {"local", "docker", "slurm", "k8s"}
     for line in lines:
         words = line.replace("--head node0", f"--head {own_address()}").split()
         done = run([sys.executable, "-m", "megatron_xielu", *words], cwd=tmp_path)
@@ -113,9 +110,6 @@ def test_the_name_is_that_of_the_run_folder() -> None:
 
 def test_the_batch_script_is_sound() -> None:
     script = slurm.render(PAPER, time="1-00:00:00", image="repo#image:1")
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert "--container-image=repo#image:1" in script
-    assert "'data.path=/data/x y'" in script
     # Slurm's notice comes before the ranks' time to save, by its own margin
     assert "#SBATCH --signal=B:USR1@360" in script
     shellcheck = shutil.which("shellcheck")
@@ -124,50 +118,30 @@ def test_the_batch_script_is_sound() -> None:
         assert found.returncode == 0, found.stdout
 
 
-def rendered(trainjob: bool) -> list[dict[str, Any]]:
-    text = kubernetes.render(
-        PAPER, image="repo/image:1", volume="training:/data", trainjob=trainjob
-    )
-    return list(yaml.safe_load_all(text))
-
-
-def test_the_indexed_job() -> None:
-    service, job = rendered(trainjob=False)
-    pod = job["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    variables = {each["name"]: each.get("value") for each in container["env"]}
-    # the name that the service gives to the first pod
-    assert variables["PET_MASTER_ADDR"] == "llama-3b-xielu-0.llama-3b-xielu"
-    assert service["metadata"]["name"] == pod["subdomain"] == job["metadata"]["name"]
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert variables["PET_SIGNALS_TO_HANDLE"] == SIGNALS_TO_HANDLE
-    assert int(variables["PET_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
-    assert container["command"][:2] == ["megatron-xielu", "pretrain"]
-    assert "/data/runs/llama-3b-xielu" in container["command"]
-    assert "data.path=/data/x y" in container["command"]
-
-
-def test_the_indexed_job_fits_kubernetes_schemas() -> None:
-    validate = pytest.importorskip("kubernetes_validate").validate
-    for manifest in rendered(trainjob=False):
-        validate(manifest, "1.31", strict=True)
-
-
-def test_the_trainjob_fits_kubeflows_models() -> None:
-    models = pytest.importorskip("kubeflow_trainer_api.models")
-    (manifest,) = rendered(trainjob=True)
-    # unknown keys are dropped without a word
-    read = models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict()
-    read.pop("status", None)
-    assert read == manifest
-
-
-def test_a_run_folder_that_would_be_lost_with_its_pod() -> None:
-    lost = Job(recipe="tiny", gpus_per_node=2, run_dir=Path("/runs/x"))
-    with pytest.raises(UserError, match=r"--run-dir /runs/x is not on the volume at /data"):
-        kubernetes.render(lost, image="x", volume="training:/data")
-    with pytest.raises(UserError, match=r"--volume training must be CLAIM:FOLDER"):
-        kubernetes.render(lost, image="x", volume="training")
+def test_pyxis_gets_the_words_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "it's $HOME `id`"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    script = slurm.render(PAPER, time="1:00:00", image="me@repo#image:1")
+    words = arguments_of("srun", script, tmp_path / "bin")
+    options = {
+        name: value
+        for name, _, value in (word.partition("=") for word in words)
+        if name.startswith("--container-")
+    }
+    assert options == {
+        "--container-image": "me@repo#image:1",
+        "--container-mounts": f"/data/x y:/data/x y:ro,{folder}:{folder}",
+        "--container-workdir": str(folder),
+        # an image's value wins over the script's otherwise
+        "--container-env": "CUDA_DEVICE_MAX_CONNECTIONS",
+    }
+    command = words[words.index("megatron-xielu") :]
+    run_dir = str(folder / "runs/llama-3b-xielu")
+    assert command[1:] == [
+        *("pretrain", "--recipe", "llama-3b-xielu"),
+        *("--run-dir", run_dir, "data.path=/data/x y"),
+    ]
 
 
 def test_what_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +150,8 @@ def test_what_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         slurm.submit("")
     with pytest.raises(UserError, match="kubectl is not here: keep the manifest"):
         kubernetes.submit("")
+    with pytest.raises(UserError, match="docker is not here: keep the script"):
+        docker.submit("")
 
 
 def submitted(slurm: Cluster, folder: Path, data: Path) -> str:
