@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import pydoc_data.topics
 import re
 import shlex
@@ -17,6 +18,7 @@ import pytest
 from megatron_xielu import cli
 from megatron_xielu.analysis.planner import count_parameters, estimate_memory, flops_per_token
 from megatron_xielu.doctor.checks import CHECKS
+from megatron_xielu.launch.preflight import checkpoint_bytes
 from megatron_xielu.mcore.layouts import grid
 from megatron_xielu.recipes import load_recipe, preset_names, validate
 from megatron_xielu.recipes.fp8 import local_sizes
@@ -206,3 +208,86 @@ def test_the_fp8_memory_is_the_plans() -> None:
         found = [memory.activations, memory.weights, memory.fp8_weights]
         shown = [f"{size / 2**30:.2f}" if size else "" for size in found]
         assert [cell.strip() for cell in cells.split("|")] == shown, name
+
+
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    (_, text) = OPERATIONS.split(f"## {title}\n")
+    return text.partition("\n## ")[0]
+
+
+def test_the_storage_is_that_of_the_presets() -> None:
+    rows = re.findall(r"^\| (llama\S+) \| (.*) \|$", section("Storage"), re.MULTILINE)
+    for name, cells in rows:
+        # as on GPUs
+        recipe = load_recipe(name, ["training.precision=bf16"])
+        training, size = recipe.training, checkpoint_bytes(recipe) / 1e9
+        saves = training.train_iters // recipe.checkpoint.save_interval
+        tokens = training.train_iters * training.global_batch_size * recipe.model.seq_length
+        figures = [f"{size:.1f}", str(saves), f"{saves * size / 1e3:.1f}"]
+        figures += [f"{size:.1f} s", f"{size / 10:.1f} s", f"{4 * tokens / 1e9:.0f}"]
+        assert cells.split(" | ") == figures
+    assert [name for name, _ in rows] == [n for n in preset_names() if n.endswith("-xielu")]
+
+
+def test_every_variable_is_explained() -> None:
+    ways = (
+        r'environ(?:ment)?(?:\.get|\.setdefault|\.pop)?[\[(]"([A-Z]\w+)"',
+        r'"([A-Z_]+)" (?:not )?in os\.environ',
+        r'Setting\(\s*"([A-Z]\w+)"',
+        r'_VARIABLE = "([A-Z]\w+)"',
+        r'^ +"([A-Z]+_[A-Z_]+)": ',
+    )
+    found = {
+        name
+        for path in (ROOT / "megatron_xielu").rglob("*.py")
+        for way in ways
+        for name in re.findall(way, path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(found) > 20
+    assert not {name for name in found if name not in OPERATIONS}
+
+
+@pytest.mark.slow
+def test_the_checklist_can_be_gone_through(data_dir: Path, tmp_path: Path) -> None:
+    text = section("Checklist before a 100-GPU-day run")
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    small = ["model.vocab_size=512", *SMALL, "parallel.tensor_model_parallel_size=2"]
+    here = {
+        "--recipe llama-1.1b-xielu": f"--recipe tiny {' '.join(small)}",
+        "--nproc 88": "--nproc 2",
+        "/data/books": str(data_dir),
+    }
+    outputs = {}
+    for line in lines:
+        assert line.startswith("megatron-xielu ")
+        words = line
+        for written, meant in here.items():
+            words = words.replace(written, meant)
+        # whose output docs/doctor.md shows
+        if words == "megatron-xielu doctor":
+            assert cli._parser().parse_args(["doctor"]).run is cli._doctor
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_xielu", *shlex.split(words)[1:]],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        outputs[line] = done.stdout
+    plan, first, _, further, _, verified = outputs.values()
+    assert re.search(r"^checkpoints: .* in all; at most", plan, re.MULTILINE)
+    assert "a stop needs up to" in first
+    metrics = (tmp_path / "runs/rehearsal/metrics.jsonl").read_text().splitlines()
+    trained = [record for record in map(json.loads, metrics) if record["type"] == "train"]
+    assert [record["step"] for record in trained] == [1, 2, 3, 4]
+    assert trained[0]["loss"] == pytest.approx(math.log(512), abs=0.1)
+    for name in ("alpha_p", "alpha_n"):
+        assert all(alpha != 0.8 for alpha in trained[1][name])
+    assert "training.train_iters" in further
+    assert "same token 100.00%" in verified

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import math
 import multiprocessing
 import os
 import shlex
@@ -21,7 +22,12 @@ from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_f
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
 from megatron_xielu.errors import UnhealthyRun, UserError
 from megatron_xielu.launch.job import wants_one_connection
-from megatron_xielu.launch.preflight import await_meeting, check_disk, check_machine
+from megatron_xielu.launch.preflight import (
+    await_meeting,
+    check_disk,
+    check_machine,
+    checkpoint_bytes,
+)
 from megatron_xielu.recipes import Recipe, check, fp8_format, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir, transformer_engine
@@ -99,6 +105,7 @@ def dry_run(request: Request, *, for_gpu: bool = False) -> None:
     job = _job(request, recipe, machine, check_data=has_data, starting=False)
     print(to_yaml(job.recipe))
     print(format_plan(plan(job.recipe, job.world_size)))
+    print(_checkpoints(job.recipe))
     if machine.device == "cuda":
         print(_libraries(job))
     print("\nMegatron arguments:")
@@ -296,6 +303,22 @@ def _fp8_results(recipe: Recipe, megatron_flags: Sequence[str] = ()) -> str:
         layers = " and ".join(f"{which} {count}" for which, count in ends.items() if count)
         kinds.append(f"{layers} layers: in bf16")
     return "".join(f"; {kind}" for kind in kinds)
+
+
+def _checkpoints(recipe: Recipe) -> str:
+    """What the saves of a run take on the disk."""
+    steps, keep = recipe.training.train_iters, recipe.checkpoint
+    saves = kept = -(-steps // keep.save_interval)
+    if keep.keep_last is not None:
+        more = steps // math.lcm(keep.save_interval, keep.keep_every) if keep.keep_every else 0
+        # an old one goes when the new one is whole
+        kept = min(saves, keep.keep_last + 1 + more)
+    size = checkpoint_bytes(recipe)
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    return (
+        f"checkpoints: {size / unit:,.1f} {name} each, {saves:,} in all; at most {kept:,} on the "
+        f"disk, {kept * size / unit:,.1f} {name}"
+    )
 
 
 def _libraries(job: Job) -> str:

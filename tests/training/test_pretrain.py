@@ -578,12 +578,18 @@ def test_dry_run_of_the_papers_recipes(name: str, tmp_path: Path) -> None:
 
 def test_a_plan_for_gpus_on_any_machine(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "megatron_xielu", "pretrain", "--recipe", "llama-1.1b-xielu"]
-    done = run([*program, "--for-gpu", "--nproc", "88"], cwd=tmp_path)
+    program += ["--for-gpu", "--nproc", "88"]
+    done = run(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("precision: bf16", "--bf16", "--transformer-impl transformer_engine"):
         assert text in done.stdout
     for text in ("--distributed-backend nccl", "--overlap-param-gather", "GiB, bf16"):
         assert text in done.stdout
+    each = "checkpoints: 15.9 GB each, 70 in all; at most"
+    assert f"{each} 70 on the disk, 1,109.9 GB\n" in done.stdout
+    # 2 and the one that is being written, and 20, 40 and 60 thousand
+    done = run([*program, "checkpoint.keep_last=2", "checkpoint.keep_every=20000"], cwd=tmp_path)
+    assert f"{each} 6 on the disk, 95.1 GB\n" in done.stdout
 
 
 def test_a_plan_for_fp8_on_any_machine(tmp_path: Path) -> None:
