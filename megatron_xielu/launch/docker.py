@@ -58,7 +58,8 @@ def render(
     for option, reason in _options(job, recipe, cpu):
         words += option
         if reason:
-            reasons.append(f"# {' '.join(option)}: {reason}")
+            # without its value, which may be of several lines
+            reasons.append(f"# {' '.join(option).partition('=')[0]}: {reason}")
     for mount in mounted:
         mode = ",readonly" if mount.read_only else ""
         words += ["--mount", f"type=bind,source={mount.source},target={mount.target}{mode}"]
@@ -104,7 +105,7 @@ def _variables(job: Job, recipe: Recipe) -> list[Setting]:
     if job.nodes == 1:
         left_out |= {name for name in os.environ if name.startswith(_OF_THE_NETWORK)}
     theirs = [
-        Setting(name, value, f"{name} is set in this shell")
+        Setting(name, value, "is set in this shell")
         for name, value in sorted(os.environ.items())
         if name.startswith(_FORWARDED) and name not in left_out
     ]

@@ -98,14 +98,17 @@ def test_rdma_devices_are_those_of_the_machine(here: Path, monkeypatch: pytest.M
 
 
 def test_variables_of_this_shell_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO\nexit 3")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker0,lo")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     monkeypatch.setenv("HF_TOKEN", "secret")
     ours = "CUDA_DEVICE_MAX_CONNECTIONS=1"
-    assert values(words(ONE), "--env") == ["NCCL_DEBUG=INFO", ours]
+    assert values(words(ONE), "--env") == ["NCCL_DEBUG=INFO\nexit 3", ours]
     given = words(JOB, head=own_address())
-    assert values(given, "--env") == ["NCCL_DEBUG=INFO", "NCCL_SOCKET_IFNAME=^docker0,lo", ours]
+    assert values(given, "--env") == [
+        *("NCCL_DEBUG=INFO\nexit 3", "NCCL_SOCKET_IFNAME=^docker0,lo"),
+        ours,
+    ]
 
 
 def test_a_volume_has_the_place_that_it_is_given(here: Path, tmp_path: Path) -> None:
