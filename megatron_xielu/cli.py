@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xielu import __version__
-from megatron_xielu.errors import UserError
+from megatron_xielu.errors import SharedUserError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args) or 0)
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), shared=isinstance(error, SharedUserError))
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("megatron_xielu"):
             raise
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, *, shared: bool = False) -> int:
     from megatron_xielu.training import launch
 
-    # under torchrun every rank finds the same mistake; one of a machine says it
-    if not launch.is_rank() or launch.local_rank() == 0:
+    # under torchrun every rank finds the same mistake; one of a machine says it, or one of all
+    if not launch.is_rank() or (launch.rank() if shared else launch.local_rank()) == 0:
         print(f"{launch.ERROR_MARK}{message}", file=sys.stderr)
     return 2
 

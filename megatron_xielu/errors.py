@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class SharedUserError(UserError):
+    """One that all ranks of a run raise with the same text, so that rank 0 alone says it."""
+
+
 class UnhealthyRun(Exception):
     """A run went wrong in a way that it noticed itself, on all ranks at once.
 

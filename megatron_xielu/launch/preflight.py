@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import resource
 import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_xielu.analysis.planner import count_parameters
@@ -25,6 +27,12 @@ _FILES, _FILES_PER_PEER = 256, 4
 # task 0 of srun serves the meeting only after it has read the data
 _MEETING_SECONDS = 300.0
 _OWN_MEETING_SECONDS = 60.0
+# this rank's own context, a desktop's and a monitor's; a program that computes takes more
+_GPU_TAKEN = 2 * _GIB
+# until the memory of a run that was killed is free again
+_GPU_SECONDS = 30.0
+# linux/capability.h
+_CAP_IPC_LOCK = 14
 
 
 def check_machine(
@@ -33,11 +41,13 @@ def check_machine(
     shared_memory: bool,
     shm: Path = Path("/dev/shm"),
     infiniband: Path = Path("/dev/infiniband"),
+    status: Path = Path("/proc/self/status"),
 ) -> None:
     """Refuse limits of this machine that a run would meet later.
 
     Args:
         shared_memory: its ranks pass data through `shm`, as NCCL does between GPUs.
+        status: the kernel's words on this process.
 
     Raises:
         UserError: with all that is too low.
@@ -57,13 +67,44 @@ def check_machine(
             f"ulimit -n {needed} (docker: --ulimit nofile={needed})"
         )
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if infiniband.exists() and locked != resource.RLIM_INFINITY and locked < _MEMLOCK:
+    little = locked != resource.RLIM_INFINITY and locked < _MEMLOCK
+    if infiniband.exists() and little and not _may_lock_all(status):
         problems.append(
             f"{locked / 1024:.0f} KiB of locked memory are allowed, too little for {infiniband}: "
-            "ulimit -l unlimited (docker: --ulimit memlock=-1)"
+            "ulimit -l unlimited (docker: --ulimit memlock=-1, or --cap-add IPC_LOCK)"
         )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _may_lock_all(status: Path) -> bool:
+    """Whether this process has the capability that makes the limit of locked memory void."""
+    found = re.search(r"^CapEff:\s*(\w+)$", status.read_text(), re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> _CAP_IPC_LOCK & 1)
+
+
+def gpu_is_busy(
+    index: int, memory: Callable[[], tuple[int, int]], seconds: float = _GPU_SECONDS
+) -> str | None:
+    """Why a rank should not start on its GPU: another program has memory there; None if not.
+
+    Args:
+        index: of the GPU, as torch counts.
+        memory: free and all bytes, as `torch.cuda.mem_get_info` gives them.
+        seconds: what a run that was killed gets to let go of it.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        free, total = memory()
+        if total - free <= _GPU_TAKEN:
+            return None
+        if time.monotonic() > deadline:
+            return (
+                f"GPU {index} has {(total - free) / _GIB:.1f} of {total / _GIB:.1f} GiB taken "
+                f"before the run starts (up to {_GPU_TAKEN / _GIB:.0f} are let pass): `nvidia-smi` "
+                "names the processes; end them, or choose other GPUs (CUDA_VISIBLE_DEVICES)"
+            )
+        time.sleep(0.5)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

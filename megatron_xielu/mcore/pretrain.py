@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ def pretrain(
     emulated_fp8: FP8Settings = FP8Settings(),  # noqa: B008 - frozen
     watch: WatchSettings | None = None,
     watch_record: Path | None = None,
+    joined: Callable[[], None] | None = None,
 ) -> None:
     """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
 
@@ -79,6 +80,7 @@ def pretrain(
         emulated_fp8: FP8 whose numbers the layers compute with, without a GPU; off by default.
         watch: looks at what FP8 does to xIELU's output; None for none.
         watch_record: where `watch` keeps the layers that it took out of FP8.
+        joined: called on every rank when all of them have communicated and the model is built.
 
     Returns after a stop as well, with a checkpoint saved if training had begun.
 
@@ -116,6 +118,9 @@ def pretrain(
             "higher cost than without it"
         )
     model.pre_wrap_hooks.append(partial(fp8_emulation.install_on_chunks, settings=emulated_fp8))
+    if joined is not None:
+        # between Megatron's first collective and the loading of a checkpoint
+        model.pre_wrap_hooks.append(partial(_call, joined))
     if args.transformer_impl == "transformer_engine":
         from megatron_xielu.mcore import delayed_scaling
 
@@ -163,6 +168,11 @@ def pretrain(
             seconds=preemption.seconds_since_signal(),
             bound=preemption.bound(),
         )
+
+
+def _call(joined: Callable[[], None], chunks: list[Any]) -> list[Any]:
+    joined()
+    return chunks
 
 
 def _parse(argv: Sequence[str]) -> Any:

@@ -11,27 +11,32 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from megatron_xielu.analysis.planner import flops_per_token, format_plan, peak_flops, plan
 from megatron_xielu.data.manifest import DatasetInfo, check_dataset, load_info
-from megatron_xielu.errors import UnhealthyRun, UserError
+from megatron_xielu.errors import SharedUserError, UnhealthyRun, UserError
+from megatron_xielu.launch import network, nodes
 from megatron_xielu.launch.job import wants_one_connection
+from megatron_xielu.launch.meeting import Meeting
 from megatron_xielu.launch.preflight import (
     await_meeting,
     check_disk,
     check_machine,
     checkpoint_bytes,
+    gpu_is_busy,
 )
 from megatron_xielu.recipes import Recipe, check, fp8_format, load_recipe, megatron_args, to_yaml
 from megatron_xielu.signals import StopSignals
 from megatron_xielu.training import launch, run_dir, transformer_engine
-from megatron_xielu.training.changes import check_keys
+from megatron_xielu.training.changes import check_keys, fingerprint
 from megatron_xielu.training.report import Reporter, StepMetrics
 from megatron_xielu.training.resolve import Machine, fuses_weight_gradients, resolve
 
@@ -43,6 +48,8 @@ _DATA_FLAGS = {
     "--data-args-path",
     "--per-split-data-args-path",
 }
+# for a rank that ends anyway, and for rank 0, which may be reading data still
+_TELLING_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -222,14 +229,13 @@ def _data(recipe: Recipe, flags: Sequence[str]) -> DatasetInfo | None:
 
 
 def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoReturn:
-    job = _job(request, recipe, Machine.detect(), check_data=True)
-    if not launch.is_child() and launch.local_rank() == 0:
-        _check_limits(job, ranks=launch.local_world_size())
-        if launch.rank() == 0:
-            _claim(job)
-            check_disk(job.recipe, job.run_dir, run_dir.latest_step(job.run_dir))
-        elif launch.local_world_size() < job.world_size:
-            await_meeting(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        job = _job_of_rank(request, recipe)
+    except UserError as error:
+        _tell_others(error)
+        raise
+    if launch.local_rank() == 0 and launch.rank() > 0 and _several_machines(job):
+        await_meeting(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     launch.end_with_parent()
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
     with launch.logged_to(log) as terminal:
@@ -241,14 +247,85 @@ def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoRetur
             with contextlib.suppress(OSError):
                 traceback.print_exc()
                 sys.stderr.flush()
-            # all ranks have the same to say of an unhealthy run; `launch` shows one
-            if launch.is_child() or launch.rank() == 0 or not isinstance(error, UnhealthyRun):
+            # all ranks have the same to say of these; `launch` shows one
+            shared = isinstance(error, UnhealthyRun | SharedUserError)
+            if launch.is_child() or launch.rank() == 0 or not shared:
                 launch.report_error(_describe(error, job, log), terminal)
             # without the other ranks no collective ends, so nothing may wait for one on exit
             _exit(2 if isinstance(error, UserError) else 1)
     # a data loader's workers inherit the handler that makes a signal a request, so that Python
     # would wait for them for good; they end by themselves once this process is gone
     _exit(0)
+
+
+def _job_of_rank(request: Request, recipe: Recipe) -> Job:
+    job = _job(request, recipe, Machine.detect(), check_data=True)
+    if not launch.is_child() and launch.local_rank() == 0:
+        _check_limits(job, ranks=launch.local_world_size())
+        if launch.rank() == 0:
+            _claim(job)
+            check_disk(job.recipe, job.run_dir, run_dir.latest_step(job.run_dir))
+    return job
+
+
+def _several_machines(job: Job) -> bool:
+    return launch.local_world_size() < job.world_size
+
+
+def _tell_others(error: UserError) -> None:
+    """Let a mistake, which may be this machine's alone, end all ranks with one message."""
+    if launch.is_child() or launch.world_size() == 1:
+        return
+    # where rank 0 or others are missing, this rank's own message has to do
+    with contextlib.suppress(RuntimeError, UnhealthyRun):
+        meeting = Meeting(launch.rank(), launch.world_size(), _TELLING_SECONDS)
+        meeting.compare(nodes.Record(socket.gethostname(), problem=str(error)), "start")
+
+
+def _meet(job: Job, terminal: TextIO) -> Meeting | None:
+    """Compare the ranks, before Megatron waits for them all; None where there is one."""
+    gpu = launch.local_rank() if job.machine.device == "cuda" else None
+    problem = None if gpu is None else _busy(gpu)
+    if job.world_size == 1:
+        if problem is not None:
+            raise UserError(problem)
+        return None
+    facts = nodes.facts(
+        job.recipe,
+        megatron_flags=job.megatron_flags,
+        run_dir=job.run_dir,
+        data=None if job.data is None else fingerprint(job.data),
+        gpu=gpu,
+        fuses_weight_gradients=fuses_weight_gradients(
+            job.machine, job.recipe.model.transformer_impl
+        ),
+    )
+    meeting = Meeting(launch.rank(), job.world_size)
+    for text in meeting.compare(nodes.Record(socket.gethostname(), facts, problem), "start"):
+        print(f"warning: {text}", file=terminal, flush=True)
+    return meeting
+
+
+def _busy(gpu: int) -> str | None:
+    import torch
+
+    # the memory of such a one is the machine's, of which other programs always have some
+    if torch.cuda.get_device_properties(gpu).is_integrated:
+        return None
+    return gpu_is_busy(gpu, partial(torch.cuda.mem_get_info, gpu))
+
+
+def _check_network(meeting: Meeting, log: Path | None, terminal: TextIO) -> None:
+    """Refuse what NCCL chose between machines; it has made a communicator by now.
+
+    Args:
+        log: what NCCL said; None where another rank reads it, or the user.
+    """
+    said = log.read_text(errors="replace") if log is not None and log.exists() else ""
+    problem = network.fell_back(said, os.environ)
+    meeting.compare(nodes.Record(socket.gethostname(), problem=problem), "network")
+    if meeting.rank == 0 and (chosen := network.chosen(said)):
+        print(f"NCCL between machines: {chosen}", file=terminal, flush=True)
 
 
 def _exit(code: int) -> NoReturn:
@@ -358,6 +435,14 @@ def _claim(job: Job) -> int:
 
 
 def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
+    # held as long as the ranks use its store
+    meeting = _meet(job, terminal)
+    joined = None
+    if meeting is not None and job.machine.device == "cuda" and _several_machines(job):
+        nccl_log = job.run_dir / run_dir.LOGS / f"nccl_{launch.rank():05d}.log"
+        # one rank speaks for its machine
+        speaks = launch.local_rank() == 0 and network.ask_nccl(os.environ, nccl_log)
+        joined = partial(_check_network, meeting, nccl_log if speaks else None, terminal)
     # only now, in the rank's own log: Megatron says much while it is imported
     import torch
 
@@ -385,6 +470,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
             watch=_watch(job.recipe),
             watch_record=job.run_dir / "fp8_bf16_layers.json",
             health=HealthSettings(**dataclasses.asdict(job.recipe.health)),
+            joined=joined,
         )
         listener.check_saved()
     torch.distributed.destroy_process_group()

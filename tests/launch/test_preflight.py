@@ -51,8 +51,29 @@ def test_few_open_files(tmp_path: Path) -> None:
 def test_little_locked_memory_where_there_is_infiniband(tmp_path: Path) -> None:
     with limit(resource.RLIMIT_MEMLOCK, 65536):
         check_machine(tmp_path)
+        status = tmp_path / "status"
+        # capability 14 and no other, then all but that
+        status.write_text("CapInh:\t0000000000000000\nCapEff:\t0000000000004000\n")
+        check_machine(tmp_path, infiniband=tmp_path, status=status)
+        status.write_text("CapInh:\t0000000000004000\nCapEff:\t000001ffffffbfff\n")
         with pytest.raises(UserError, match=r"64 KiB of locked memory .* ulimit -l unlimited"):
-            check_machine(tmp_path, infiniband=tmp_path)
+            check_machine(tmp_path, infiniband=tmp_path, status=status)
+
+
+def test_a_gpu_that_another_program_uses() -> None:
+    gib = 1 << 30
+    # this rank's own context
+    assert preflight.gpu_is_busy(3, lambda: (78 * gib, 79 * gib), seconds=0) is None
+    said = preflight.gpu_is_busy(3, lambda: (38 * gib, 79 * gib), seconds=0)
+    assert str(said).startswith("GPU 3 has 41.0 of 79.0 GiB taken before the run starts")
+    assert "`nvidia-smi` names the processes" in str(said)
+
+
+def test_a_gpu_whose_last_run_is_ending() -> None:
+    free = iter([10 << 30, 10 << 30, 79 << 30])
+    assert preflight.gpu_is_busy(0, lambda: (next(free), 80 << 30)) is None
+    # it was looked at again until it was free, and no more
+    assert next(free, None) is None
 
 
 def test_a_disk_for_less_than_three_saves(

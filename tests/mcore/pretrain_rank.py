@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_xielu.recipes import load_recipe, megatron_args
 
 
@@ -85,6 +87,7 @@ def main() -> None:
     model_config.install_on_chunks = lambda built: chunks.extend(built) or install(built)
     served = record_samples()
     recorder = Recorder()
+    joined: list[int] = []
     pretrain.pretrain(
         [*argv, *sys.argv[split + 1 :]],
         activation.XIELUPlaceholder(
@@ -95,7 +98,9 @@ def main() -> None:
         # a planted fault runs to the end, so that its size can be seen
         health=HealthSettings(every=0 if args.fault else recipe.health.every),
         emulated_fp8=FP8Settings(args.emulated_fp8),
+        joined=lambda: joined.append(torch.distributed.get_world_size()),
     )
+    assert joined == [int(os.environ["WORLD_SIZE"])]
     alphas = {
         number: [
             float(module.alpha_p).hex(),
