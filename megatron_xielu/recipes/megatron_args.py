@@ -19,6 +19,10 @@ from megatron_xielu.recipes.derived import (
 )
 from megatron_xielu.recipes.schema import Model, Recipe
 
+# of a collective, whose other ranks may be gone for good
+_START_MINUTES = 10
+_STEP_SECONDS = 30 * 60
+
 Flags = Mapping[str, str | int | float | bool | Path]
 
 
@@ -139,6 +143,16 @@ def _parallel(recipe: Recipe, world_size: int, device: str) -> Flags:
         "--dist-ckpt-optim-fully-reshardable": sharded,
         "--overlap-grad-reduce": overlap,
         "--overlap-param-gather": overlap and sharded,
+        **(_timeouts() if world_size > 1 else {}),
+    }
+
+
+def _timeouts() -> Flags:
+    return {
+        # Megatron's own default: rank 0 writes the index of the data while the others wait
+        "--distributed-timeout-minutes": _START_MINUTES,
+        # from the second step on, mistakes are over, and a storage that stalls may come back
+        "--distributed-timeout-seconds-after-init": _STEP_SECONDS,
     }
 
 

@@ -110,6 +110,13 @@ def test_megatron_reads_back_the_recipe(
     assert args.disable_jit_fuser is not bool(platform)
 
 
+def test_ranks_wait_longer_once_they_train(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(_argv(_recipe("tiny")))
+    assert args.distributed_timeout_seconds_after_init > 60 * args.distributed_timeout_minutes
+    alone = parser.parse_args(_argv(_recipe("tiny", "parallel.tensor_model_parallel_size=1")))
+    assert alone.distributed_timeout_seconds_after_init is None
+
+
 def test_options_reach_their_flags(parser: argparse.ArgumentParser) -> None:
     recipe = _recipe(
         "tiny",
