@@ -100,6 +100,7 @@ def _launch(args: argparse.Namespace) -> None:
         gpus_per_node=args.gpus_per_node,
         run_dir=args.run_dir,
         stop_seconds=args.stop_seconds,
+        fabric=args.fabric,
     )
     if args.target == "local":
         if args.submit:
@@ -119,7 +120,12 @@ def _launch(args: argparse.Namespace) -> None:
             slurm.submit(script)
     else:
         manifest = kubernetes.render(
-            job, image=args.image, volume=args.volume, trainjob=args.trainjob
+            job,
+            image=args.image,
+            volume=args.volume,
+            trainjob=args.trainjob,
+            rdma=args.rdma,
+            host_network=args.host_network,
         )
         print(manifest, end="", flush=True)
         if args.submit:
@@ -462,6 +468,8 @@ def _add_checkpoint(commands: Any) -> None:
 
 
 def _add_launch(commands: Any) -> None:
+    from megatron_xielu.launch.job import FABRICS
+
     launch = commands.add_parser("launch", help="pretrain on many nodes: print what starts it")
     targets = launch.add_subparsers(required=True, metavar="TARGET", dest="target")
     for target, text, submit in (
@@ -486,6 +494,11 @@ def _add_launch(commands: Any) -> None:
             type=_positive,
             default=300,
             help="what a stopped run gets to save (default: 300; a run prints what it needs)",
+        )
+        command.add_argument(
+            "--fabric",
+            choices=FABRICS,
+            help="what connects the nodes: sets what NCCL needs there (default: NCCL chooses)",
         )
         command.add_argument("--submit", action="store_true", help=f"{submit} as well")
         if target in ("local", "docker"):
@@ -513,6 +526,12 @@ def _add_launch(commands: Any) -> None:
             )
             command.add_argument(
                 "--trainjob", action="store_true", help="a TrainJob of Kubeflow Trainer v2"
+            )
+            command.add_argument(
+                "--rdma", metavar="RESOURCE[=COUNT]", help="RDMA devices that each node asks for"
+            )
+            command.add_argument(
+                "--host-network", action="store_true", help="use the machine's own network"
             )
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.set_defaults(run=_launch)

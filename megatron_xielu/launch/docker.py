@@ -100,7 +100,7 @@ def _options(job: Job, recipe: Recipe, cpu: bool) -> list[tuple[list[str], str]]
 
 
 def _variables(job: Job, recipe: Recipe) -> list[Setting]:
-    ours = settings(recipe, job.megatron_flags)
+    ours = settings(recipe, job.megatron_flags, job.fabric)
     left_out = {setting.name for setting in ours}
     if job.nodes == 1:
         left_out |= {name for name in os.environ if name.startswith(_OF_THE_NETWORK)}
@@ -118,6 +118,8 @@ def _inner(job: Job, folder: Path, head: str | None) -> list[str]:
     words += ["--stop-seconds", str(job.stop_seconds)]
     if job.nodes > 1:
         words += ["--head", str(head)]
+    if job.fabric is not None:
+        words += ["--fabric", job.fabric]
     words += job.overrides
     return [*words, *(["--", *job.megatron_flags] if job.megatron_flags else [])]
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch.join import STOP_SECONDS
@@ -14,6 +15,11 @@ from megatron_xielu.recipes import Recipe, check, load_recipe
 # Megatron's fully sharded data parallelism wants the opposite
 _FSDP = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
 _CUTS = {"--tensor-model-parallel-size", "--context-parallel-size"}
+
+
+Fabric = Literal["infiniband", "roce", "efa", "ethernet"]
+FABRICS: tuple[str, ...] = get_args(Fabric)
+"""What connects the machines."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Job:
     """None means runs/ and the recipe's name."""
     stop_seconds: int = STOP_SECONDS
     """What a stopped run gets to end its step and save."""
+    fabric: Fabric | None = None
+    """None leaves the choice of a network to NCCL."""
 
     def load(self) -> Recipe:
         """The recipe, on as many ranks.
@@ -75,12 +83,34 @@ def name_of(folder: Path) -> str:
     return name
 
 
-def settings(recipe: Recipe, megatron_flags: Sequence[str]) -> list[Setting]:
+# the sources of each are in docs/operations.md, Fabrics
+_VERBS = Setting("NCCL_NET", "IB", "without RDMA NCCL then fails, instead of going on over TCP")
+_NETWORKS: dict[Fabric | None, list[Setting]] = {
+    None: [],
+    "infiniband": [_VERBS],
+    # no NCCL_IB_GID_INDEX: NCCL finds it since 2.21, and it need not be the same on all machines
+    "roce": [_VERBS],
+    "efa": [
+        Setting("NCCL_NET_PLUGIN", "ofi", "NVIDIA's image names another plugin since 26.06"),
+        Setting("NCCL_NET", "Libfabric", "without that plugin NCCL fails, not going on over TCP"),
+    ],
+    "ethernet": [
+        Setting("NCCL_NET", "Socket", "TCP is meant: a card that could do RDMA is not tried")
+    ],
+}
+
+
+def settings(
+    recipe: Recipe, megatron_flags: Sequence[str], fabric: Fabric | None = None
+) -> list[Setting]:
     """The variables that matter to every rank, whatever starts it."""
-    if not wants_one_connection(recipe, megatron_flags):
-        return []
-    reason = "before Blackwell, tensor and context parallelism rely on kernels starting in order"
-    return [Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", reason)]
+    variables = list(_NETWORKS[fabric])
+    if wants_one_connection(recipe, megatron_flags):
+        reason = (
+            "before Blackwell, tensor and context parallelism rely on kernels starting in order"
+        )
+        variables.append(Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", reason))
+    return variables
 
 
 def wants_one_connection(recipe: Recipe, megatron_flags: Collection[str]) -> bool:

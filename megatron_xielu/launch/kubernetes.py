@@ -34,6 +34,20 @@ volumes:
     medium: Memory
 """
 
+_IPC_LOCK = """\
+securityContext:
+  capabilities:
+    # RDMA locks memory, of which a container may have little
+    add: [IPC_LOCK]
+"""
+
+_HOST_NETWORK = """\
+# the machine's own network cards, as fast as they are
+hostNetwork: true
+# without this a pod would then not find the name of the first one
+dnsPolicy: ClusterFirstWithHostNet
+"""
+
 _JOB = """\
 # written by `megatron-xielu launch k8s`
 apiVersion: v1
@@ -69,7 +83,7 @@ spec:
     spec:
       subdomain: {name}
       restartPolicy: Never
-      # the ranks need up to {stop} s to save
+{network}      # the ranks need up to {stop} s to save
       terminationGracePeriodSeconds: {grace}
       containers:
       - name: pretrain
@@ -92,8 +106,8 @@ spec:
 {env}
         resources:
           limits:
-            nvidia.com/gpu: {gpus}
-""" + indent(_STORAGE, 6 * " ")
+            nvidia.com/gpu: "{gpus}"
+{rdma}{capability}""" + indent(_STORAGE, 6 * " ")
 
 _TRAIN_JOB = """\
 # written by `megatron-xielu launch k8s --trainjob`
@@ -113,7 +127,7 @@ spec:
     resourcesPerNode:
       limits:
         nvidia.com/gpu: "{gpus}"
-    env:
+{rdma}    env:
 {env}
   runtimePatches:
   - manager: megatron-xielu.launch/cli
@@ -130,20 +144,35 @@ spec:
                     terminationGracePeriodSeconds: {grace}
                     containers:
                     - name: node
-""" + indent(_STORAGE, 20 * " ")
+{capability}""" + indent(_STORAGE, 20 * " ")
 
 
-def render(job: Job, *, image: str, volume: str, trainjob: bool = False) -> str:
+def render(
+    job: Job,
+    *,
+    image: str,
+    volume: str,
+    trainjob: bool = False,
+    rdma: str | None = None,
+    host_network: bool = False,
+) -> str:
     """The manifest.
 
     Args:
         volume: CLAIM:FOLDER, a persistent volume claim that all nodes can write and where it is
             mounted; without --run-dir the run folder is FOLDER/runs/ and the recipe's name.
+        rdma: RESOURCE[=COUNT], what the cluster calls its RDMA devices and how many a node gets.
+        host_network: the pods use their machine's network.
 
     Raises:
-        UserError: the recipe or the volume is wrong.
+        UserError: the recipe, the volume or the network is wrong.
     """
     recipe = job.load()
+    if trainjob and host_network:
+        raise UserError(
+            "--host-network cannot be had with --trainjob, which may not patch it: leave one of "
+            "them out, or set hostNetwork in a runtime of your own"
+        )
     claim, _, mount = volume.partition(":")
     if not claim or not mount.startswith("/"):
         raise UserError(f"--volume {volume} must be CLAIM:FOLDER, as in training:/data")
@@ -156,7 +185,7 @@ def render(job: Job, *, image: str, volume: str, trainjob: bool = False) -> str:
     name = name_of(folder)
     timeout = f"ranks get {job.stop_seconds} s to save after a signal, not 30"
     variables = [
-        *settings(recipe, job.megatron_flags),
+        *settings(recipe, job.megatron_flags, job.fabric),
         Setting("PET_SHUTDOWN_TIMEOUT", str(job.stop_seconds), timeout),
         Setting(
             "PET_SIGNALS_TO_HANDLE",
@@ -179,7 +208,22 @@ def render(job: Job, *, image: str, volume: str, trainjob: bool = False) -> str:
         mount=json.dumps(mount),
         claim=json.dumps(claim),
         env=indent(_env(variables), (4 if trainjob else 8) * " "),
+        rdma=indent(_limit(rdma), (8 if trainjob else 12) * " "),
+        capability=indent(_IPC_LOCK if rdma else "", (22 if trainjob else 8) * " "),
+        network=indent(_HOST_NETWORK if host_network else "", 6 * " "),
     )
+
+
+def _limit(rdma: str | None) -> str:
+    if rdma is None:
+        return ""
+    resource, sign, count = rdma.partition("=")
+    if "/" not in resource or (sign and not (count.isdecimal() and int(count))):
+        raise UserError(
+            f"--rdma {rdma} must be RESOURCE or RESOURCE=COUNT, as in vpc.amazonaws.com/efa=32; "
+            "`kubectl describe node` lists a node's resources"
+        )
+    return f'{resource}: "{count or 1}"\n'
 
 
 def _env(variables: Sequence[Setting]) -> str:

@@ -94,7 +94,7 @@ def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
     """
     recipe = job.load()
     folder = job.folder(recipe).absolute()
-    variables = settings(recipe, job.megatron_flags)
+    variables = settings(recipe, job.megatron_flags, job.fabric)
     words = [sys.executable, "-m", "torch.distributed.run"]
     words += ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.gpus_per_node)]
     if job.nodes == 1:
@@ -109,6 +109,10 @@ def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
         if "GLOO_SOCKET_IFNAME" not in os.environ:
             reason = "otherwise gloo uses the address of this host's name, which may be 127.x"
             variables.append(Setting("GLOO_SOCKET_IFNAME", interface_of(address), reason))
+        if job.fabric == "ethernet" and "NCCL_SOCKET_IFNAME" not in os.environ:
+            reason = "the way to the other nodes: NCCL would take any that is not lo or docker"
+            # = is for this name, not for all that begin with it
+            variables.append(Setting("NCCL_SOCKET_IFNAME", f"={interface_of(address)}", reason))
         reason = "otherwise a node that was replaced never joins again (torch 2.13)"
         variables.append(Setting("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1", reason))
     words += ["--max-restarts", str(_RESTARTS), "--shutdown-timeout", str(job.stop_seconds)]

@@ -68,7 +68,7 @@ def fell_back(
     reasons = list(dict.fromkeys(_WHY.findall(said)))[:_MOST_REASONS]
     return "\n".join(
         [
-            f"NCCL goes over TCP between the nodes, many times slower, although there is {names} "
+            f"NCCL goes over TCP between the nodes, although there is {names} "
             f"({', '.join(sorted(set(rdma.values())))}) with a link:",
             *(f"  {reason}" for reason in reasons),
             f"{remedy}. `launch --fabric` sets what each network needs; NCCL_NET=Socket says that "

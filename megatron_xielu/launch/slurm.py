@@ -87,7 +87,7 @@ def render(job: Job, *, time: str, image: str | None = None) -> str:
     recipe = job.load()
     folder = job.folder(recipe).absolute()
     program = ["megatron-xielu"] if image else [sys.executable, "-m", "megatron_xielu"]
-    variables = settings(recipe, job.megatron_flags)
+    variables = settings(recipe, job.megatron_flags, job.fabric)
     exports = [
         f"# {setting.reason}\nexport {setting.name}={shlex.quote(setting.value)}"
         for setting in variables

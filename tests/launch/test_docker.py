@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def test_two_machines_with_gpus(here: Path) -> None:
         *("--nodes", "2", "--gpus-per-node", "8", "--stop-seconds", "400", "--head", head),
         *("data.path=/data/x y", "--", "--data-cache-path=/data/$HOME"),
     ]
+    over_efa = words(replace(JOB, fabric="efa"), head=head)
+    assert "NCCL_NET=Libfabric" in values(over_efa, "--env")
+    assert over_efa[over_efa.index("--fabric") + 1] == "efa"
     assert given[:4] == ["run", "--rm", "--name", "llama-3b-xielu"]
     assert values(given, "--gpus") == ["all"]
     assert values(given, "--ulimit") == ["memlock=-1", "stack=67108864", "nofile=65536"]

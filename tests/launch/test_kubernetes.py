@@ -16,9 +16,9 @@ from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
 PAPER = Job(recipe="llama-3b-xielu", overrides=("data.path=/data/x y",), nodes=2, gpus_per_node=8)
 
 
-def rendered(trainjob: bool) -> list[dict[str, Any]]:
+def rendered(trainjob: bool, **network: Any) -> list[dict[str, Any]]:
     text = kubernetes.render(
-        PAPER, image="repo/image:1", volume="training:/data", trainjob=trainjob
+        PAPER, image="repo/image:1", volume="training:/data", trainjob=trainjob, **network
     )
     return list(yaml.safe_load_all(text))
 
@@ -39,15 +39,47 @@ def test_the_indexed_job() -> None:
     assert "data.path=/data/x y" in container["command"]
 
 
-def test_the_indexed_job_fits_kubernetes_schemas() -> None:
+def test_rdma_devices_and_the_machines_network() -> None:
+    _, job = rendered(trainjob=False, rdma="vpc.amazonaws.com/efa=32", host_network=True)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    limits = {"nvidia.com/gpu": "8", "vpc.amazonaws.com/efa": "32"}
+    assert container["resources"] == {"limits": limits}
+    assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    assert pod["hostNetwork"]
+    # else the name of the first pod means nothing
+    assert pod["dnsPolicy"] == "ClusterFirstWithHostNet"
+    (train_job,) = rendered(trainjob=True, rdma="rdma/ib")
+    limits = {"nvidia.com/gpu": "8", "rdma/ib": "1"}
+    assert train_job["spec"]["trainer"]["resourcesPerNode"] == {"limits": limits}
+    _, plain = rendered(trainjob=False)
+    (container,) = plain["spec"]["template"]["spec"]["containers"]
+    assert "securityContext" not in container
+    assert "hostNetwork" not in plain["spec"]["template"]["spec"]
+
+
+def test_a_network_that_cannot_be_had() -> None:
+    for wrong in ("efa", "vpc.amazonaws.com/efa=", "vpc.amazonaws.com/efa=0"):
+        with pytest.raises(UserError, match=rf"--rdma {wrong} must be RESOURCE or RESOURCE=COUNT"):
+            rendered(trainjob=False, rdma=wrong)
+    with pytest.raises(UserError, match="--host-network cannot be had with --trainjob"):
+        rendered(trainjob=True, host_network=True)
+
+
+NETWORKS: list[dict[str, Any]] = [{}, {"rdma": "rdma/ib=2"}]
+
+
+@pytest.mark.parametrize("network", [*NETWORKS, {"host_network": True}], ids=str)
+def test_the_indexed_job_fits_kubernetes_schemas(network: dict[str, Any]) -> None:
     validate = pytest.importorskip("kubernetes_validate").validate
-    for manifest in rendered(trainjob=False):
+    for manifest in rendered(trainjob=False, **network):
         validate(manifest, "1.31", strict=True)
 
 
-def test_the_trainjob_fits_kubeflows_models() -> None:
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_the_trainjob_fits_kubeflows_models(network: dict[str, Any]) -> None:
     models = pytest.importorskip("kubeflow_trainer_api.models")
-    (manifest,) = rendered(trainjob=True)
+    (manifest,) = rendered(trainjob=True, **network)
     # unknown keys are dropped without a word
     read = models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict()
     read.pop("status", None)
