@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 
+from megatron_xielu import cli
 from megatron_xielu.launch import kubernetes, local, slurm
 from megatron_xielu.launch.job import FABRICS, Job, settings
 from megatron_xielu.recipes import load_recipe
@@ -43,6 +44,12 @@ def test_every_start_gets_what_the_fabric_needs(
     (container,) = list(yaml.safe_load_all(manifest))[1]["spec"]["template"]["spec"]["containers"]
     variables = {each["name"]: each.get("value") for each in container["env"]}
     assert wanted.items() <= variables.items()
+
+
+def test_every_fabric_can_be_asked_for() -> None:
+    # the command line names them itself: reading recipes needs what not every install has
+    words = ["launch", "slurm", "tiny", "--gpus-per-node", "1", "--fabric"]
+    assert [cli._parser().parse_args([*words, each]).fabric for each in FABRICS] == [*FABRICS]
 
 
 def test_without_a_fabric_nccl_chooses() -> None:
