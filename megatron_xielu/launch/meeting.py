@@ -6,6 +6,7 @@ collective: a rank that is missing can be named, and ranks that could not share 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -64,9 +65,8 @@ class Meeting:
             multi_tenant=not served_elsewhere,
             wait_for_workers=False,
         )
-        # torchrun may keep a store for the ranks that it starts again
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"megatron_xielu/{attempt}", store)
+        # not by attempt: torchrun's nodes count their restarts each for itself
+        self._store = PrefixStore("megatron_xielu", store)
 
     def compare(self, record: Record, about: str) -> list[str]:
         """Hear on all ranks whether they can go on together.
@@ -155,15 +155,14 @@ class Meeting:
         )
 
     def _clear(self, store: PrefixStore) -> None:
-        """Wait until all have heard, and leave nothing for ranks that are started again."""
-        others = range(1, self._world_size)
-        try:
-            heard = [f"heard/{rank}" for rank in others]
-            if heard:
-                store.wait(heard, timedelta(seconds=_HEARING_SECONDS))
-        except DistStoreError:
-            # the missing ones hear of it when they come
-            return
+        """Wait until all have heard, and leave nothing.
+
+        torchrun may keep a store for the ranks that it starts again.
+        """
+        # those that are missing, or had a problem and ended, do not hear
+        with contextlib.suppress(DistStoreError):
+            heard = [f"heard/{rank}" for rank in range(1, self._world_size)]
+            store.wait(heard, timedelta(seconds=_HEARING_SECONDS))
         for name in ("record", "clock", "heard"):
             for rank in range(self._world_size):
                 store.delete_key(f"{name}/{rank}")
