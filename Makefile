@@ -22,8 +22,9 @@ lint: venv ## ruff: rules and format
 types: venv ## mypy over the package
 	$(PYTHON_IN_VENV) -m mypy
 
+# by files, because tests of one file share the ranks that they start
 test: lint types ## lint, types and the tests, without the slow ones and other people's programs
-	$(PYTHON_IN_VENV) -m pytest -m "not slow and not clients" $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -m "not slow and not clients" -n 2 --dist loadfile $(ARGS)
 
 test-clients: venv ## an export in transformers, llama.cpp, mlx-lm and lm-eval (fetched once)
 	$(PYTHON_IN_VENV) -m pytest -m clients $(ARGS)

@@ -40,7 +40,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_bench_commands_exist(document: Path) -> None:
     for line in re.findall(r"megatron-xielu (bench[^`\n]*)", document.read_text(encoding="utf-8")):
         args = cli._parser().parse_args(line.split())
-        assert args.run is cli._bench, line
+        assert args.run is cli.checks._bench, line
 
 
 def test_convert_commands_exist() -> None:
@@ -97,7 +97,7 @@ def test_the_layout_table_is_of_the_matrix_and_all_agree() -> None:
     text = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^    megatron-xielu (doctor .*)$", text, re.MULTILINE)
     args = cli._parser().parse_args(command.split())
-    assert args.run is cli._doctor
+    assert args.run is cli.checks._doctor
     assert args.layouts
     rows = re.findall(r"^\| ([^|]+, [^|]+) \|.*\| (\w+) \| (\w+) \|$", text, re.MULTILINE)
     assert {name for name, *_ in rows} == {str(case) for case in grid.full(4)}
@@ -268,7 +268,7 @@ def test_the_checklist_can_be_gone_through(data_dir: Path, tmp_path: Path) -> No
             words = words.replace(written, meant)
         # whose output docs/doctor.md shows
         if words == "megatron-xielu doctor":
-            assert cli._parser().parse_args(["doctor"]).run is cli._doctor
+            assert cli._parser().parse_args(["doctor"]).run is cli.checks._doctor
             continue
         done = subprocess.run(
             [sys.executable, "-m", "megatron_xielu", *shlex.split(words)[1:]],
