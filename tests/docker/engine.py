@@ -46,6 +46,7 @@ class Engine:
         # the client beside the engine has a builder of either kind
         beside = Path("/usr/bin/docker")
         self._client = str(beside) if beside.exists() else "docker"
+        self.socket = socket
         self._environment = {**os.environ, "DOCKER_HOST": socket}
 
     def call(

@@ -19,6 +19,7 @@ import pytest
 from megatron_xielu import __version__
 from tests.conftest import SMALL
 from tests.docker.engine import Engine, engine, why_not
+from tests.launch.test_launch import own_address
 from tests.ranks import environment
 
 pytestmark = [
@@ -343,3 +344,121 @@ def test_docker_stop_saves_and_the_run_goes_on_outside(
     outside(trained, "checkpoint", "verify", "runs/tiny")
     outside(trained, *words, f"training.train_iters={stopped + 3}")
     assert train_steps(trained)[-3:] == [stopped + 1, stopped + 2, stopped + 3]
+
+
+def launched(
+    docker: Engine, image: str, folder: Path, *words: str, name: str = "tiny", **more: str
+) -> subprocess.Popen[str]:
+    """The container of `launch docker`, as it is rendered for CPUs but for `more` and its name."""
+    program = [sys.executable, "-m", "megatron_xielu", "launch", "docker", "tiny", "--cpu"]
+    program += ["--image", image, "--run-dir", "runs/tiny", *TINY[5:], *words]
+    variables = environment(
+        XDG_CACHE_HOME=folder / "cache",
+        DOCKER_HOST=docker.socket,
+        # the client beside the engine comes first
+        PATH=f"/usr/bin:{os.environ['PATH']}",
+    )
+    script = subprocess.run(
+        program, cwd=folder, env=variables, capture_output=True, text=True, check=True
+    ).stdout
+    for old, new in {"--name tiny": f"--name {name}", **more}.items():
+        assert old in script, script
+        script = script.replace(old, new)
+    return subprocess.Popen(
+        ["sh", "-c", script],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(folder: Path, step: int, *running: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 600
+    while not (folder / "runs/tiny/metrics.jsonl").exists() or train_steps(folder)[-1:] < [step]:
+        assert all(each.poll() is None for each in running), running[0].communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def prepared(trained: Path, tmp_path: Path) -> Path:
+    """A folder with data and no run."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    return tmp_path
+
+
+def test_launch_docker_runs_here_and_a_stop_saves(
+    docker: Engine, image: str, prepared: Path
+) -> None:
+    # the private engine has no network to give
+    alone = {"docker run --rm": "docker run --rm --network none"}
+    words = ("--gpus-per-node", "2", "training.train_iters=100000")
+    words += ("checkpoint.save_interval=100000", "logging.eval_interval=100000")
+    container = launched(docker, image, prepared, *words, **alone)
+    wait_for_step(prepared, 20, container)
+    begin = time.monotonic()
+    docker("stop", "tiny", timeout=400)
+    print(f"stopped within {time.monotonic() - begin:.1f} s")
+    # torchrun's answer to a signal
+    assert container.wait(timeout=60) == 1
+    stopped = train_steps(prepared)[-1]
+    latest = prepared / "runs/tiny/checkpoints/latest_checkpointed_iteration.txt"
+    assert latest.read_text() == str(stopped)
+    again = launched(docker, image, prepared, *words, **alone)
+    wait_for_step(prepared, stopped + 3, again)
+    docker("stop", "tiny", timeout=400)
+    assert again.wait(timeout=60) == 1
+    assert train_steps(prepared).count(stopped + 1) == 1
+
+
+def test_two_containers_of_launch_docker_train_one_model(
+    docker: Engine, image: str, prepared: Path
+) -> None:
+    head = own_address()
+    words = ("--nodes", "2", "--gpus-per-node", "1", "--head", head, "training.train_iters=20")
+    docker("network", "create", "--internal", "--subnet=10.79.0.0/24", "machines")
+    try:
+        # each with a network of its own, as two machines have
+        machines = [
+            launched(
+                *(docker, image, prepared, *words),
+                name=name,
+                **{
+                    "--network host": f"--network machines --hostname {name}",
+                    f"--head {head}": "--head machine0",
+                },
+            )
+            for name in ("machine0", "machine1")
+        ]
+        outputs = [machine.communicate(timeout=600)[0] for machine in machines]
+    finally:
+        docker.call("rm", "-f", "machine0", "machine1")
+        docker.call("network", "rm", "machines")
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert train_steps(prepared) == list(range(1, 21))
+
+
+def test_a_second_container_of_a_machine_is_told_that_it_is_one_too_many(
+    docker: Engine, image: str, prepared: Path
+) -> None:
+    head = own_address()
+    words = ("--nodes", "2", "--gpus-per-node", "1", "--head", head)
+    first = launched(docker, image, prepared, *words)
+    try:
+        # the network is the machine's, and so are its sockets
+        while f"@megatron-xielu {head}" not in Path("/proc/net/unix").read_text():
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.1)
+        same = launched(docker, image, prepared, *words)
+        output = same.communicate(timeout=300)[0]
+        assert same.returncode == 125, output
+        assert "is already in use by container" in output
+        other = launched(docker, image, prepared, *words, name="other")
+        output = other.communicate(timeout=300)[0]
+        assert other.returncode == 2, output
+        assert f"another torchrun at {head} has the process id" in output
+        assert "give containers addresses of their own" in output
+    finally:
+        docker.call("rm", "-f", "tiny", "other")
+        first.communicate(timeout=60)
