@@ -6,5 +6,5 @@
 # and the run goes on from its last save.
 set -euo pipefail
 : "${HEAD:?the name or address of the first node}" "${NODES:?how many nodes}" "${GPUS:?ranks of each}"
-exec "${PYTHON:-python3}" -m megatron_xielu launch local "$@" \
-    --nodes "$NODES" --gpus-per-node "$GPUS" --head "$HEAD" --submit
+exec "${PYTHON:-python3}" -m megatron_xielu launch local \
+    --nodes "$NODES" --gpus-per-node "$GPUS" --head "$HEAD" --submit "$@"

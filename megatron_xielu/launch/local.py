@@ -8,14 +8,18 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
 from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
 from megatron_xielu.launch.preflight import hold_node_id
+from megatron_xielu.training.launch import ERROR_MARK
 
 PORT = 29400
 _RESTARTS = 3
+# torch's default, given so that what is said of it is true
+_JOIN_SECONDS = 600
 
 
 def split_endpoint(head: str) -> tuple[str, int]:
@@ -104,7 +108,8 @@ def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
         host, port = meeting_point(job, head)
         address, is_head = own_address(host, port)
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
-        words += ["--rdzv-id", name_of(folder), "--rdzv-conf", f"is_host={int(is_head)}"]
+        meeting = f"is_host={int(is_head)},join_timeout={_JOIN_SECONDS}"
+        words += ["--rdzv-id", name_of(folder), "--rdzv-conf", meeting]
         words += ["--local-addr", address]
         if "GLOO_SOCKET_IFNAME" not in os.environ:
             reason = "otherwise gloo uses the address of this host's name, which may be 127.x"
@@ -147,8 +152,11 @@ def wrapped(words: Sequence[str]) -> str:
     return text
 
 
-def run(job: Job, head: str | None) -> None:
-    """Become this machine's torchrun.
+def run(job: Job, head: str | None) -> NoReturn:
+    """Be this machine's torchrun until the run is over, and end this process.
+
+    The exit code is 0, or 1 where the nodes have lost each other, with the remedy printed; what
+    torchrun says of its ranks it raises.
 
     Raises:
         UserError: it could not be told from another one.
@@ -158,5 +166,28 @@ def run(job: Job, head: str | None) -> None:
         hold_node_id(words[words.index("--local-addr") + 1])
     for setting in variables:
         os.environ[setting.name] = setting.value
-    sys.stdout.flush()
-    os.execv(words[0], words)
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
+    from torch.distributed.run import main
+
+    try:
+        # within this process, because a lost meeting is a long traceback without a remedy there
+        main(words[words.index("torch.distributed.run") + 1 :])
+    except RendezvousConnectionError as error:
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        problem = (
+            f"no answer from the head {head}: {cause}\nIs the same command running there, and does "
+            "a firewall let its port through? If the head was lost, give the command again on "
+            "every node; if only the way to it was, on this one."
+        )
+    except RendezvousTimeoutError:
+        problem = (
+            f"not all of {job.nodes} nodes came within {_JOIN_SECONDS} s. Give the same command on "
+            "each of them, or on others in place of those that are lost."
+        )
+    else:
+        sys.exit(0)
+    print(f"{ERROR_MARK}{problem} The run goes on from its last save.", file=sys.stderr)
+    sys.exit(1)

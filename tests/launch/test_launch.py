@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,12 +25,12 @@ from tests.training.test_pretrain import latest, metrics, run
 
 TWO_RANKS = "parallel.tensor_model_parallel_size=2"
 # long enough for something to happen in its middle
-STEPS = 150
+STEPS, SAVE_INTERVAL = 150, 10
 LONG = (
     f"training.train_iters={STEPS}",
     "schedule.lr_wsd_decay_iters=10",
     "logging.eval_interval=1000",
-    "checkpoint.save_interval=10",
+    f"checkpoint.save_interval={SAVE_INTERVAL}",
 )
 PAPER = Job(recipe="llama-3b-xielu", overrides=("data.path=/data/x y",), nodes=2, gpus_per_node=8)
 
@@ -66,6 +67,20 @@ def test_several_nodes_meet_at_an_address_that_all_see() -> None:
         local.render(PAPER, "node0:x")
     with pytest.raises(UserError, match=r"--head nowhere.invalid cannot be reached from here: "):
         local.render(PAPER, "nowhere.invalid")
+
+
+def test_nodes_that_do_not_come_are_missed_in_a_users_words(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+    program = "import sys; from megatron_xielu import cli; from megatron_xielu.launch import local;"
+    program += "local._JOIN_SECONDS = 1; sys.exit(cli.main(sys.argv[1:]))"
+    words = ["launch", "local", "tiny", "--run-dir", str(tmp_path / "run"), "--nodes", "2"]
+    words += ["--gpus-per-node", "1", "--head", f"{own_address()}:{port}", "--submit"]
+    done = run([sys.executable, "-c", program, *words])
+    assert done.returncode == 1
+    assert "error: not all of 2 nodes came within 1 s. Give the same command on" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_commands_of_the_document(tmp_path: Path) -> None:
@@ -174,12 +189,25 @@ def wait_for_step(slurm: Cluster, job: str, folder: Path, step: int) -> None:
         time.sleep(0.2)
 
 
-def check_whole(folder: Path, most_repeated: int) -> None:
-    """Every step was trained, few of them twice."""
+def check_whole(folder: Path, most_repeated: int, num_steps: int = STEPS) -> None:
+    """Every step was trained, and each restart went on from the last save.
+
+    Args:
+        most_repeated: steps that a restart may train again.
+    """
     steps = [r["step"] for r in metrics(folder) if r["type"] == "train"]
-    assert set(steps) == set(range(1, STEPS + 1))
-    assert len(steps) - STEPS <= most_repeated
-    assert latest(folder) == STEPS
+    assert steps == list(range(1, num_steps + 1))
+    assert latest(folder) == num_steps
+    for repeated, saved in restarts(folder):
+        assert repeated <= most_repeated
+        assert saved % SAVE_INTERVAL == 0
+
+
+def restarts(folder: Path) -> list[tuple[int, int]]:
+    """Of each that trained steps again: how many, and after which one, by what the run printed."""
+    note = r"dropped (\d+) records of an earlier attempt at the steps after (\d+)"
+    printed = "".join(path.read_text() for path in sorted(folder.parent.glob("*.out")))
+    return [(int(repeated), int(saved)) for repeated, saved in re.findall(note, printed)]
 
 
 @pytest.mark.slow
@@ -218,7 +246,7 @@ def test_a_lost_node_requeues_the_job_which_goes_on(
     said = slurm.wait(job, "COMPLETED")
     print(f"over {time.monotonic() - begin:.1f} s after the kill")
     assert int(said["Restarts"]) == 1
-    check_whole(folder, most_repeated=15)
+    check_whole(folder, most_repeated=SAVE_INTERVAL)
 
 
 def kill_node(slurm: Cluster, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Two hosts, played by network namespaces: a rank is killed; a host is killed and replaced."""
+"""Hosts, played by network namespaces: ranks and hosts are killed, the head too, a link is cut."""
 
 from __future__ import annotations
 
@@ -8,108 +8,236 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SMALL
-from tests.launch.test_launch import LONG, TWO_RANKS, check_whole
+from tests.launch.test_launch import LONG, SAVE_INTERVAL, TWO_RANKS, check_whole, restarts
 from tests.ranks import ROOT, environment
 from tests.training.test_pretrain import metrics
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
-HOSTS = {"mxa": "10.77.0.1", "mxb": "10.77.0.2"}
+# fewer than LONG's
+STEPS = 60
+DEADLINE = 300
+# seconds without a link
+CUT = 40
+
+
+class Hosts:
+    """Network namespaces on one switch; each runs one rank by the example, the first is the head.
+
+    Namespaces are named by this process, so that tests may run beside each other.
+    """
+
+    def __init__(self, count: int, folder: Path, data: Path) -> None:
+        self.switch = f"mx{os.getpid()}"
+        self.names = [f"{self.switch}{letter}" for letter in "abcd"[:count]]
+        self.run_dir = folder / "run"
+        self.data = data
+        self.flags: tuple[str, ...] = ()
+        self.started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def connect(self) -> None:
+        """Make the hosts and their switch."""
+        _ip(f"-n {self.switch} link set br0 up")
+        for number, host in enumerate(self.names, 1):
+            _ip(f"netns add {host}")
+            _ip(f"-n {host} link set lo up")
+            _ip(f"link add eth0 netns {host} type veth peer name {host} netns {self.switch}")
+            _ip(f"-n {self.switch} link set {host} master br0 up")
+            _ip(f"-n {host} addr add 10.77.0.{number}/24 dev eth0")
+            self.mend(host)
+
+    def remove(self) -> None:
+        """End and remove whatever there is of them."""
+        for host in self.names:
+            self.kill(host)
+        for name in (*self.names, self.switch):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def cut(self, host: str) -> None:
+        """From now on nothing comes from or to the host."""
+        _ip(f"-n {host} link set eth0 down")
+
+    def mend(self, host: str) -> None:
+        """End of `cut`."""
+        _ip(f"-n {host} link set eth0 up")
+
+    def start(self, *hosts: str) -> None:
+        """Give a user's command on these hosts, or on all of them."""
+        words = [str(ROOT / "examples/multinode_torchrun.sh"), "tiny"]
+        words += ["--run-dir", str(self.run_dir), *SMALL, TWO_RANKS, *LONG]
+        words += [f"training.train_iters={STEPS}", f"data.path={self.data}"]
+        words += ["--", *self.flags] if self.flags else []
+        variables = environment(
+            HEAD="10.77.0.1", NODES=len(self.names), GPUS=1, PYTHON=sys.executable
+        )
+        for host in hosts or self.names:
+            with self.output(host).open("ab") as out:
+                self.started[host] = subprocess.Popen(
+                    ["ip", "netns", "exec", host, *words], env=variables, stdout=out, stderr=out
+                )
+
+    def output(self, host: str) -> Path:
+        """What the host's user sees."""
+        return self.run_dir.parent / f"{host}.out"
+
+    def pids(self, host: str) -> list[int]:
+        """The processes of a host."""
+        done = subprocess.run(["ip", "netns", "pids", host], capture_output=True)
+        return [int(pid) for pid in done.stdout.split()]
+
+    def rank_of(self, host: str) -> int:
+        """The process id of the rank on a host."""
+        for pid in self.pids(host):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if any(v.startswith(b"RANK=") for v in variables) and b"megatron_xielu" in command:
+                return pid
+        raise AssertionError(f"no rank on {host}")
+
+    def kill(self, host: str) -> None:
+        """Every process of a host."""
+        # one may have been born in between
+        while pids := self.pids(host):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if host in self.started:
+            self.started[host].wait()
+
+    def steps(self) -> list[int]:
+        """The trained steps in their order."""
+        return [r["step"] for r in metrics(self.run_dir) if r["type"] == "train"]
+
+    def wait_for_step(self, step: int) -> None:
+        self._wait(lambda: any(each >= step for each in self.steps()))
+
+    def _wait(self, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not reached():
+            assert all(each.poll() is None for each in self.started.values()), self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
+
+    def said(self) -> str:
+        return "\n".join(self.output(host).read_text()[-3000:] for host in self.names)
+
+    def end(self) -> None:
+        """Every host has ended well, and all steps were trained."""
+        for process in self.started.values():
+            assert process.wait(timeout=DEADLINE) == 0, self.said()
+        # as many again where the lost one was about to save
+        check_whole(self.run_dir, most_repeated=SAVE_INTERVAL, num_steps=STEPS)
+
+
+def _ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True)
 
 
 @pytest.fixture
-def hosts() -> Iterator[None]:
-    """Two network namespaces with a cable between them."""
+def hosts(request: pytest.FixtureRequest, tmp_path: Path, data_dir: Path) -> Iterator[Hosts]:
+    """As many as the parameter says; nothing of them is left."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("needs root and iproute2")
-    probe = subprocess.run(["ip", "netns", "add", "mxa"], capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"this root may make no network namespace: {probe.stderr.strip()}")
+    hosts = Hosts(request.param, tmp_path, data_dir)
     try:
-        subprocess.run(["ip", "netns", "add", "mxb"], check=True)
-        for name in HOSTS:
-            subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        cable = "ip link add eth0 netns mxa type veth peer name eth0 netns mxb"
-        subprocess.run(cable.split(), check=True)
-        for name, address in HOSTS.items():
-            for words in (f"addr add {address}/24 dev eth0", "link set eth0 up"):
-                subprocess.run(["ip", "-n", name, *words.split()], check=True)
-        yield
+        for words in (f"netns add {hosts.switch}", f"-n {hosts.switch} link add br0 type bridge"):
+            probe = subprocess.run(["ip", *words.split()], capture_output=True, text=True)
+            if probe.returncode:
+                pytest.skip(f"this root may make no network of its own: {probe.stderr.strip()}")
+        hosts.connect()
+        yield hosts
     finally:
-        for name in HOSTS:
-            for pid in pids(name):
-                os.kill(pid, signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], check=False)
+        hosts.remove()
 
 
-def pids(host: str) -> list[int]:
-    words = ["ip", "netns", "pids", host]
-    return [int(pid) for pid in subprocess.run(words, capture_output=True).stdout.split()]
-
-
-def start(host: str, folder: Path, data: Path) -> subprocess.Popen[bytes]:
-    """The example on a host."""
-    words = ["ip", "netns", "exec", host, str(ROOT / "examples/multinode_torchrun.sh"), "tiny"]
-    words += ["--run-dir", str(folder), *SMALL, TWO_RANKS, *LONG, f"data.path={data}"]
-    variables = environment(HEAD=HOSTS["mxa"], NODES=2, GPUS=1, PYTHON=sys.executable)
-    with (folder.parent / f"{host}.out").open("ab") as out:
-        return subprocess.Popen(words, env=variables, stdout=out, stderr=out)
-
-
-def wait_for_step(started: list[subprocess.Popen[bytes]], folder: Path, step: int) -> None:
-    while not any(r["type"] == "train" and r["step"] >= step for r in metrics(folder)):
-        assert all(process.poll() is None for process in started), said(folder)
-        time.sleep(0.1)
-
-
-def said(folder: Path) -> str:
-    return "\n".join(path.read_text()[-3000:] for path in sorted(folder.parent.glob("*.out")))
-
-
-def rank_of(host: str) -> int:
-    """The process id of the rank on a host."""
-    for pid in pids(host):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if any(v.startswith(b"RANK=") for v in variables) and b"megatron_xielu" in command:
-            return pid
-    raise AssertionError(f"no rank on {host}")
-
-
-def end(started: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    for process in started:
-        assert process.wait(timeout=300) == 0, said(folder)
-    check_whole(folder, most_repeated=30)
-
-
-@pytest.mark.usefixtures("hosts")
-def test_a_rank_is_killed(data_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    started = [start(host, folder, data_dir) for host in HOSTS]
-    wait_for_step(started, folder, 15)
+@pytest.mark.parametrize("hosts", [2, 4], indirect=True)
+def test_a_rank_is_killed(hosts: Hosts) -> None:
+    hosts.start()
+    hosts.wait_for_step(15)
     begin = time.monotonic()
-    os.kill(rank_of("mxb"), signal.SIGKILL)
-    wait_for_step(started, folder, 40)
+    os.kill(hosts.rank_of(hosts.names[1]), signal.SIGKILL)
+    hosts.wait_for_step(40)
     print(f"at step 40 {time.monotonic() - begin:.1f} s after the kill at step 15")
-    end(started, folder)
+    hosts.end()
 
 
-@pytest.mark.usefixtures("hosts")
-def test_a_host_is_killed_and_replaced(data_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    started = [start(host, folder, data_dir) for host in HOSTS]
-    wait_for_step(started, folder, 15)
-    for pid in pids("mxb"):
-        os.kill(pid, signal.SIGKILL)
-    started[1].wait()
+@pytest.mark.parametrize("hosts", [2, 4], indirect=True)
+def test_a_host_is_killed_and_replaced(hosts: Hosts) -> None:
+    hosts.start()
+    hosts.wait_for_step(15)
+    lost = hosts.names[-1]
+    hosts.kill(lost)
     time.sleep(5)
     begin = time.monotonic()
-    started[1] = start("mxb", folder, data_dir)
-    wait_for_step(started, folder, 40)
+    hosts.start(lost)
+    hosts.wait_for_step(40)
     print(f"at step 40 {time.monotonic() - begin:.1f} s after a host lost at step 15 was replaced")
-    end(started, folder)
+    hosts.end()
+
+
+@pytest.mark.parametrize("hosts", [4], indirect=True)
+def test_the_head_is_killed_and_all_are_started_again(hosts: Hosts) -> None:
+    hosts.start()
+    hosts.wait_for_step(15)
+    head, *others = hosts.names
+    begin = time.monotonic()
+    hosts.kill(head)
+    for host in others:
+        assert hosts.started[host].wait(timeout=60) == 1
+        said = hosts.output(host).read_text()
+        problem, remedy = said.splitlines()[-2:]
+        assert problem.startswith("error: no answer from the head 10.77.0.1: ")
+        assert "If the head was lost, give the command again on every node" in remedy
+        assert "Traceback" not in said
+    print(f"the others had ended {time.monotonic() - begin:.1f} s after the kill at step 15")
+    begin = time.monotonic()
+    hosts.start()
+    hosts.wait_for_step(40)
+    print(f"at step 40 {time.monotonic() - begin:.1f} s after all were started again")
+    hosts.end()
+
+
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_a_cut_shorter_than_the_timeout_is_a_pause(hosts: Hosts) -> None:
+    hosts.start()
+    hosts.wait_for_step(15)
+    ranks = [hosts.rank_of(host) for host in hosts.names]
+    seconds = cut(hosts)
+    print(f"five steps further {seconds:.1f} s after the end of a cut of {CUT} s")
+    assert [hosts.rank_of(host) for host in hosts.names] == ranks
+    assert not restarts(hosts.run_dir)
+    # the hosts' torchruns, which had lost each other meanwhile, can still recover
+    begin = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    hosts.wait_for_step(50)
+    print(f"at step 50 {time.monotonic() - begin:.1f} s after the kill of a rank")
+    hosts.end()
+
+
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_a_cut_longer_than_the_timeout_is_a_restart(hosts: Hosts) -> None:
+    hosts.flags = ("--distributed-timeout-seconds-after-init", str(CUT // 2))
+    hosts.start()
+    hosts.wait_for_step(15)
+    ranks = {hosts.rank_of(host) for host in hosts.names}
+    seconds = cut(hosts)
+    print(f"five steps further {seconds:.1f} s after the end of a cut of {CUT} s")
+    assert not ranks & {hosts.rank_of(host) for host in hosts.names}
+    hosts.end()
+
+
+def cut(hosts: Hosts) -> float:
+    """Cut the last host off for a while; the seconds from then on until five steps further."""
+    step = max(hosts.steps())
+    hosts.cut(hosts.names[-1])
+    time.sleep(CUT)
+    begin = time.monotonic()
+    hosts.mend(hosts.names[-1])
+    hosts.wait_for_step(max([step, *hosts.steps()]) + 5)
+    return time.monotonic() - begin
