@@ -141,7 +141,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     if launch.is_rank():
         # before the imports below, which take seconds
         signals.listen()
-    from megatron_xielu.training.pretrain import Request, dry_run, pretrain
+    from megatron_xielu.training.job import Request
+    from megatron_xielu.training.pretrain import dry_run, pretrain
 
     request = Request(
         recipe=args.recipe,

@@ -17,7 +17,8 @@ from megatron_xielu.checkpoint.to_hf import convert_to_hf
 from megatron_xielu.checkpoint.verify import VerifyError, VerifyReport, verify
 from megatron_xielu.data.manifest import DatasetInfo
 from megatron_xielu.data.prepare import prepare
-from megatron_xielu.training.pretrain import Request, pretrain
+from megatron_xielu.training.job import Request
+from megatron_xielu.training.pretrain import pretrain
 from megatron_xielu.training.report import METRICS_FILE, read_metrics
 from megatron_xielu.training.resolve import Machine
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_xielu.errors import SharedUserError
 from megatron_xielu.launch import network
 from megatron_xielu.launch.meeting import Meeting
-from megatron_xielu.training.pretrain import _check_network
+from megatron_xielu.training.meet import check_network
 from tests.launch.test_nodes import free_port
 
 # lines of NCCL's user guide (troubleshooting/logging.rst, 2.30.7)
@@ -106,7 +106,7 @@ def check(logs: Sequence[Path | None]) -> list[str]:
     def come(rank: int) -> str:
         terminal = io.StringIO()
         try:
-            _check_network(Meeting(rank, len(logs), 60), logs[rank], terminal)
+            check_network(Meeting(rank, len(logs), 60), logs[rank], terminal)
         except SharedUserError as error:
             return f"refused: {error}"
         return terminal.getvalue()

@@ -13,7 +13,9 @@ import torch
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import load_recipe
-from megatron_xielu.training.pretrain import Job, _fp8_results, _libraries, _placeholder
+from megatron_xielu.training.announce import fp8_results, libraries
+from megatron_xielu.training.job import Job
+from megatron_xielu.training.pretrain import _placeholder
 from megatron_xielu.training.resolve import Machine, resolve
 from megatron_xielu.training.transformer_engine import NEEDS, Found, can_run, check, install_command
 from tests.ranks import environment
@@ -136,12 +138,12 @@ def test_a_broken_package_is_told_with_the_command_that_mends_it(
 GPU_MACHINE = """
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import load_recipe
-from megatron_xielu.training.pretrain import Request, _job
+from megatron_xielu.training.job import Request, make_job
 from megatron_xielu.training.resolve import Machine
 recipe = load_recipe("tiny", ["model.vocab_size=512", "logging.eval_iters=1", "fp8.recipe=delayed"])
 for machine in (Machine.gpu(), Machine("cuda", 2, True, False)):
     try:
-        _job(Request("tiny"), recipe, machine, check_data=False)
+        make_job(Request("tiny"), recipe, machine, check_data=False)
         print("passed")
     except UserError as error:
         print(error)
@@ -370,7 +372,7 @@ CAST = "in bf16, which TransformerEngine casts to FP8"
     ],
 )
 def test_a_run_says_who_writes_fp8(settings: list[str], flags: list[str], text: str) -> None:
-    assert _fp8_results(load_recipe("tiny", settings), flags) == text
+    assert fp8_results(load_recipe("tiny", settings), flags) == text
 
 
 @pytest.mark.parametrize(
@@ -414,7 +416,7 @@ def test_a_run_says_whose_optimizer_and_gradients_it_has(
 ) -> None:
     recipe = resolve(load_recipe("llama-1.1b-xielu"), machine, None)
     job = Job(recipe, Path("run"), 1, machine, flags, None, ())
-    assert _libraries(job) == text
+    assert libraries(job) == text
     fused = machine.device == "cuda" and "added by" in text
     if not flags:
         given = replace(recipe, model=replace(recipe.model, vocab_size=512))
