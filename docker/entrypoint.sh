@@ -3,6 +3,15 @@
 # whatever user the container has: caches go where that user can write.
 set -eu
 
+# NVIDIA's images choose in it the CUDA libraries that fit this machine's driver; their own entry
+# point, which this one replaces, and interactive shells read it
+if [ -r /etc/shinit_v2 ]; then
+    set +eu
+    # shellcheck source=/dev/null
+    . /etc/shinit_v2 >&2
+    set -eu
+fi
+
 # the image's folder for them, if it is mounted and the user's; else the temporary folder, which
 # `docker run --read-only` needs as a tmpfs
 cache=/cache

@@ -173,9 +173,9 @@ def _launch(args: argparse.Namespace) -> None:
         fabric=args.fabric,
     )
     if args.target == "local":
+        print(local.render(job, args.head), end="", flush=True)
         if args.submit:
             local.run(job, args.head)
-        print(local.render(job, args.head), end="")
     elif args.target == "docker":
         command = docker.render(
             job, image=args.image, head=args.head, volumes=args.volume, cpu=args.cpu

@@ -14,7 +14,7 @@ from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
 from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
 from megatron_xielu.launch.preflight import hold_node_id
-from megatron_xielu.training.launch import ERROR_MARK
+from megatron_xielu.training.launch import ERROR_MARK, REFUSED, explain, log_path
 
 PORT = 29400
 _RESTARTS = 3
@@ -155,8 +155,8 @@ def wrapped(words: Sequence[str]) -> str:
 def run(job: Job, head: str | None) -> NoReturn:
     """Be this machine's torchrun until the run is over, and end this process.
 
-    The exit code is 0, or 1 where the nodes have lost each other, with the remedy printed; what
-    torchrun says of its ranks it raises.
+    The exit code is 0 where the run is done or was stopped and saved, 2 where it cannot start as it
+    was given, which is not tried again, and else 1.
 
     Raises:
         UserError: it could not be told from another one.
@@ -166,15 +166,32 @@ def run(job: Job, head: str | None) -> NoReturn:
         hold_node_id(words[words.index("--local-addr") + 1])
     for setting in variables:
         os.environ[setting.name] = setting.value
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import (
         RendezvousConnectionError,
         RendezvousTimeoutError,
     )
     from torch.distributed.run import main
 
+    from megatron_xielu.launch.agent import recorded
+    from megatron_xielu.training.run_dir import LOGS
+
     try:
-        # within this process, because a lost meeting is a long traceback without a remedy there
-        main(words[words.index("torch.distributed.run") + 1 :])
+        # within this process, because what torchrun raises is a long traceback without a remedy
+        with recorded() as agents:
+            main(words[words.index("torch.distributed.run") + 1 :])
+    except SignalException as stop:
+        # the ranks have said what became of them
+        sys.exit(0 if all(agent.stopped_well(stop.sigval) for agent in agents) else 1)
+    except ChildFailedError as error:
+        if REFUSED in (failure.exitcode for failure in error.failures.values()):
+            # a rank has said why
+            sys.exit(REFUSED)
+        rank, failure = error.get_first_failure()
+        log = log_path(job.folder(job.load()) / LOGS, rank)
+        problem = f"{explain(rank, failure.exitcode, log)}. torchrun had started it again "
+        problem += f"{_RESTARTS} times."
     except RendezvousConnectionError as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
         problem = (

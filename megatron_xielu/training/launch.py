@@ -21,6 +21,8 @@ from megatron_xielu.signals import stop_signals
 # a rank whose peer died hangs in a collective; it gets this long to notice by itself
 _GRACE_SECONDS = 5.0
 ERROR_MARK = "error: "
+REFUSED = 2
+"""The exit code of what cannot be done as it was asked for, and cannot be tried again."""
 _PR_SET_PDEATHSIG = 1
 _ERROR_PIPE = "MEGATRON_XIELU_ERROR_PIPE"
 
@@ -125,7 +127,9 @@ def launch(
         return 0
     rank = min(failed, key=lambda rank: _consequence(ranks[rank].returncode, messages[rank]))
     code = ranks[rank].returncode
-    message = messages[rank] or _explain(rank, code, log_path(log_dir, rank))
+    message = messages[rank] or explain(rank, code, log_path(log_dir, rank))
+    if _at_once(signals):
+        message = "stopped at once, without a save; the same command goes on from the last one"
     print(f"{ERROR_MARK}{message}", file=sys.stderr, flush=True)
     return code if code in (1, 2) else 1
 
@@ -248,11 +252,9 @@ def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[li
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        # a scheduler gives notice by one signal and may repeat it by another while ranks save
-        at_once = len(received) > 1 and number == signal.SIGINT
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+                process.send_signal(signal.SIGKILL if _at_once(received) else signal.SIGTERM)
         if len(received) == 1:
             text = "stopping after this step; Ctrl-C now stops at once"
             print(text, file=sys.stderr, flush=True)
@@ -263,6 +265,11 @@ def _forwarding_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[li
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+def _at_once(signals: Sequence[int]) -> bool:
+    # a scheduler gives notice by one signal and may repeat it by another while ranks save
+    return signal.SIGINT in signals[1:]
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -297,7 +304,8 @@ def _consequence(code: int, message: str) -> int:
     return 2 if "onnection closed by peer" in message or "onnection reset" in message else 1
 
 
-def _explain(rank: int, code: int, log: Path) -> str:
+def explain(rank: int, code: int, log: Path) -> str:
+    """How a rank ended that has said nothing itself."""
     if code >= 0:
         return f"rank {rank} ended with exit code {code}; its log is {log}"
     name = signal.Signals(-code).name

@@ -154,6 +154,9 @@ def _fill(root: Path) -> None:
     _copy_torch(root / f"usr/local/lib/python{sys.version_info[0]}.{sys.version_info[1]}")
     (root / "etc/pip").mkdir()
     (root / "etc/pip/constraint.txt").write_text(PINS)
+    # with what `set -eu` would not survive
+    shell = "echo chosen\nfalse\nexport CUDA_CHOSEN=here$UNSET\n"
+    (root / "etc/shinit_v2").write_text(shell)
     # whoever may not write into the image would compile all of it at each start
     compile_all = "python3 -m compileall -q -j 0 /usr/local/lib/python3*"
     for words in ("ldconfig", "python3 -m ensurepip", "python3 -c 'import torch'", compile_all):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from megatron_xielu.launch.job import Job, name_of, wants_one_connection
 from megatron_xielu.recipes import load_recipe
 from tests.conftest import SMALL
 from tests.launch.conftest import Cluster, arguments_of, cluster_states
-from tests.ranks import ROOT
-from tests.training.test_pretrain import latest, metrics, run
+from tests.ranks import ROOT, environment
+from tests.training.test_pretrain import latest, metrics, ranks_of, run, stop_after
 
 TWO_RANKS = "parallel.tensor_model_parallel_size=2"
 # long enough for something to happen in its middle
@@ -46,7 +47,53 @@ def test_torchrun_on_one_node(data_dir: Path, tmp_path: Path) -> None:
     assert "--shutdown-timeout 300" in script
     done = run([*words, "--submit"])
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(script)
     assert [r["step"] for r in metrics(tmp_path / "run") if r["type"] == "train"] == [1, 2, 3, 4, 5]
+
+
+def test_torchrun_does_not_repeat_a_mistake(tmp_path: Path) -> None:
+    words = launch("local", tmp_path / "run", tmp_path / "none", "--gpus-per-node", "2", "--submit")
+    done = run(words)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == done.stderr.count(f"{tmp_path}/none") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stopped_torchrun_has_saved(data_dir: Path, tmp_path: Path) -> None:
+    words = launch("local", tmp_path / "run", data_dir, *LONG, "--gpus-per-node", "2", "--submit")
+    # after a first save, whose helpers stay
+    said = stop_after(words, tmp_path / "run", SAVE_INTERVAL + 1, signal.SIGTERM)
+    assert re.search(r"stopped at step \d+, saved", said)
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_keeps_dying_is_named(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    program = "import sys; from megatron_xielu import cli; from megatron_xielu.launch import local;"
+    program += "local._RESTARTS = 0; sys.exit(cli.main(sys.argv[1:]))"
+    words = launch("local", folder, data_dir, *LONG, "--gpus-per-node", "2", "--submit")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words[3:]],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while len(metrics(folder)) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == (
+        "error: rank 1 was ended by SIGKILL (the kernel does this when memory runs out); its log "
+        f"is {folder}/logs/rank_00001.log. torchrun had started it again 0 times. The run goes on "
+        "from its last save."
+    )
+    assert "Traceback" not in said
 
 
 def test_what_is_printed_for_torchrun_can_be_run(data_dir: Path, tmp_path: Path) -> None:
@@ -56,6 +103,12 @@ def test_what_is_printed_for_torchrun_can_be_run(data_dir: Path, tmp_path: Path)
     parsed = script.replace("exec ", "exec echo ").replace("-m megatron_xielu pretrain", "--help")
     parsed = parsed.replace("exec echo", "exec")
     assert subprocess.run(["sh"], input=parsed, text=True, capture_output=True).returncode == 0
+
+
+def test_the_scripts_of_a_machine_are_sound(tmp_path: Path) -> None:
+    head = own_address()
+    check_shell(local.render(replace(PAPER, fabric="roce"), head))
+    check_shell(docker.render(PAPER, image="image:1", head=head, volumes=[f"{tmp_path}:/x:ro"]))
 
 
 def test_several_nodes_meet_at_an_address_that_all_see() -> None:
@@ -127,10 +180,15 @@ def test_the_batch_script_is_sound() -> None:
     script = slurm.render(PAPER, time="1-00:00:00", image="repo#image:1")
     # Slurm's notice comes before the ranks' time to save, by its own margin
     assert "#SBATCH --signal=B:USR1@360" in script
+    check_shell(script)
+
+
+def check_shell(script: str) -> None:
     shellcheck = shutil.which("shellcheck")
-    if shellcheck:
-        found = subprocess.run([shellcheck, "-"], input=script, text=True, capture_output=True)
-        assert found.returncode == 0, found.stdout
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    found = subprocess.run([shellcheck, "-"], input=script, text=True, capture_output=True)
+    assert found.returncode == 0, found.stdout
 
 
 def test_pyxis_gets_the_words_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import SMALL
 from tests.launch.test_launch import LONG, SAVE_INTERVAL, TWO_RANKS, check_whole, restarts
 from tests.ranks import ROOT, environment
-from tests.training.test_pretrain import metrics
+from tests.training.test_pretrain import latest, metrics
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 # fewer than LONG's
@@ -160,11 +160,26 @@ def hosts(request: pytest.FixtureRequest, tmp_path: Path, data_dir: Path) -> Ite
 def test_a_rank_is_killed(hosts: Hosts) -> None:
     hosts.start()
     hosts.wait_for_step(15)
+    ranks = {hosts.rank_of(host) for host in hosts.names}
     begin = time.monotonic()
     os.kill(hosts.rank_of(hosts.names[1]), signal.SIGKILL)
     hosts.wait_for_step(40)
     print(f"at step 40 {time.monotonic() - begin:.1f} s after the kill at step 15")
+    assert not ranks & {hosts.rank_of(host) for host in hosts.names}
     hosts.end()
+
+
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_one_host_is_told_to_stop_and_both_do(hosts: Hosts) -> None:
+    hosts.start()
+    hosts.wait_for_step(15)
+    begin = time.monotonic()
+    hosts.started[hosts.names[1]].send_signal(signal.SIGTERM)
+    for host in hosts.names:
+        assert hosts.started[host].wait(timeout=DEADLINE) == 0, hosts.said()
+        print(f"{host} ended {time.monotonic() - begin:.1f} s after the signal at step 15")
+    assert 15 <= latest(hosts.run_dir) == max(hosts.steps()) < STEPS
+    assert "Traceback" not in hosts.said()
 
 
 @pytest.mark.parametrize("hosts", [2, 4], indirect=True)

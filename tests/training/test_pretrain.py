@@ -525,6 +525,29 @@ def test_a_stop_before_training_begins_is_no_failure(data_dir: Path, tmp_path: P
     assert metrics(folder) == []
 
 
+def test_a_second_ctrl_c_ends_at_once(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = command(folder, data_dir, *LONG, "training.train_iters=2000")
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        while len(metrics(folder)) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        # so that they cannot have saved and ended in between
+        for pid in ranks_of(process.pid).values():
+            os.kill(pid, signal.SIGSTOP)
+        assert process.stderr is not None
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "stopping after this step; Ctrl-C now stops at once\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    text = "stopped at once, without a save; the same command goes on from the last one"
+    assert said == f"error: {text}\n"
+    assert process.returncode == 1
+
+
 def test_ranks_end_with_their_launcher_and_the_folder_is_locked_until_then(
     data_dir: Path, tmp_path: Path
 ) -> None:
