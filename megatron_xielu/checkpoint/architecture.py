@@ -21,6 +21,8 @@ HIGH_FREQ_FACTOR = 4.0
 ORIGINAL_MAX_POSITION_EMBEDDINGS = 8192
 """What Megatron-Core's `--use-rope-scaling` (Llama 3's rule) has no flags for; constants of
 `RotaryEmbedding._apply_scaling`."""
+MEGATRON_ROPE_SCALING_FACTOR = 8.0
+"""Its default of `--rope-scaling-factor`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,8 @@ class Architecture:
             norm_epsilon=values["layernorm_epsilon"],
             rope_theta=float(values["rotary_base"]),
             rope_scaling_factor=(
-                float(values.get("rope_scaling_factor", 8.0))
-                if values.get("use_rope_scaling")
+                float(values.get("rope_scaling_factor", MEGATRON_ROPE_SCALING_FACTOR))
+                if scales_rope(values)
                 else None
             ),
             seq_length=values["max_position_embeddings"],
@@ -187,9 +189,19 @@ def refusals(args: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def scales_rope(args: Mapping[str, Any]) -> bool:
+    """Whether Megatron's model of these arguments scales RoPE; HybridModel never does."""
+    return bool(args.get("use_rope_scaling")) and _hybrid_pattern(args) is None
+
+
+def _hybrid_pattern(args: Mapping[str, Any]) -> str | None:
+    # older Megatrons have the second name, newer ones both
+    return args.get("hybrid_layer_pattern") or args.get("hybrid_override_pattern")
+
+
 def _num_layers(values: Mapping[str, Any]) -> int:
     """Pairs of layers: a hybrid model counts attention and MLP apart."""
-    pattern = values.get("hybrid_layer_pattern", values.get("hybrid_override_pattern"))
+    pattern = _hybrid_pattern(values)
     if pattern is None:
         return int(values["num_layers"])
     # the part behind / is of MTP, | cuts pipeline stages

@@ -48,7 +48,7 @@ def model_card(
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     recipe = f"\n## Recipe\n\n```yaml\n{to_yaml(run.recipe).rstrip()}\n```\n" if run.recipe else ""
     return _CARD.format(
-        name=run.recipe.name if run.recipe else run.path.parent.name,
+        name=run.recipe.name if run.recipe else run.run_dir.name,
         tags="- xielu\n" if xielu else "",
         mlp=_MLP[arch.activation],
         class_name=target.class_name,

@@ -52,6 +52,9 @@ def test_arguments_of_the_swiss_ai_fork() -> None:
     assert arch.rope_scaling_factor is None
     assert choose_target(arch).class_name == "ApertusForCausalLM"
     assert of(use_rope_scaling=True).rope_scaling_factor == 8.0
+    # HybridModel has no parameter for it
+    hybrid = {"hybrid_layer_pattern": "*-" * 32}
+    assert of(use_rope_scaling=True, **hybrid).rope_scaling_factor is None
     # without grouped queries the number of groups is an unused default
     assert of(group_query_attention=False, num_query_groups=1).num_query_groups == 32
 
