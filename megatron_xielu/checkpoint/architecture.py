@@ -161,10 +161,14 @@ _REQUIRED = (
 # Megatron's name, the value of a Llama, and why another one has no place; a run may have passed any
 # flag of Megatron's behind its recipe
 LLAMA: dict[str, tuple[Any, str]] = {
+    "activation_func_clamp_value": (None, "gated MLPs clamp their input"),
     "add_bias_linear": (False, "linear layers have biases"),
     "add_qkv_bias": (False, "queries, keys and values have biases"),
     "apply_residual_connection_post_layernorm": (False, "the residual is taken after the norm"),
     "attention_output_gate": (False, "attention's output is gated"),
+    "experimental_attention_variant": (None, "attention is not softmax over all of the past"),
+    "glu_linear_offset": (0.0, "gated MLPs add a number to the half that is not activated"),
+    "heterogeneous_layers_config_path": (None, "layers differ in what they are made of"),
     "layernorm_zero_centered_gamma": (False, "norms store their weight minus 1"),
     "multi_latent_attention": (False, "attention is multi-latent"),
     "no_rope_freq": (None, "some layers have no RoPE"),
@@ -175,6 +179,8 @@ LLAMA: dict[str, tuple[Any, str]] = {
     "rotary_interleaved": (False, "RoPE pairs neighbouring channels, not the two halves"),
     "rotary_percent": (1.0, "RoPE turns only a part of the channels"),
     "rotary_seq_len_interpolation_factor": (None, "RoPE's positions are interpolated"),
+    "softmax_type": ("vanilla", "attention's softmax has one term more in its denominator"),
+    "use_mup": (False, "embeddings, attention and logits are scaled by muP"),
     "window_size": (None, "attention sees a window only"),
 }
 
