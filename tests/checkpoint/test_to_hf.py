@@ -21,7 +21,8 @@ from write_checkpoint import weight_of
 from megatron_xielu.checkpoint import verify
 from megatron_xielu.checkpoint.export_manifest import MANIFEST
 from megatron_xielu.checkpoint.mapping import XIELU_CONSTANTS
-from megatron_xielu.checkpoint.run import arguments_of
+from megatron_xielu.checkpoint.model_card import _trained_on
+from megatron_xielu.checkpoint.run import arguments_of, open_run
 from megatron_xielu.checkpoint.safetensors_file import SafetensorsWriter
 from megatron_xielu.checkpoint.to_hf import convert_to_hf
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
@@ -504,6 +505,23 @@ def test_model_card(copy_run: Callable[[str], Path], tokenizer: Path, tmp_path: 
     assert "| validation loss | 2.2500 nats per token at step 200 |" in card
     assert "--model-impl transformers" in card
     assert to_yaml(recipe_of("gqa")).rstrip() in card
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        # a sequence length that changed
+        ({"consumed_train_tokens": 40_000, "consumed_train_samples": 900}, "40,000 tokens in 200"),
+        ({"consumed_train_samples": 900, "seq_length": 64}, "57,600 tokens in 200"),
+        ({"consumed_train_samples": None}, "200"),
+        ({}, "200"),
+    ],
+)
+def test_tokens_are_what_megatron_counted(
+    runs: dict[str, Path], args: dict[str, object], told: str
+) -> None:
+    # the recipe's batch of the present says nothing of the past
+    assert _trained_on(open_run(runs["gqa"]), args) == f"{told} steps"
 
 
 def test_every_layout_is_covered() -> None:
