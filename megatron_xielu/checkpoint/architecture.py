@@ -21,6 +21,8 @@ HIGH_FREQ_FACTOR = 4.0
 ORIGINAL_MAX_POSITION_EMBEDDINGS = 8192
 """What Megatron-Core's `--use-rope-scaling` (Llama 3's rule) has no flags for; constants of
 `RotaryEmbedding._apply_scaling`."""
+MEGATRON_ROPE_SCALING_FACTOR = 8.0
+"""Its default of `--rope-scaling-factor`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,8 @@ class Architecture:
             norm_epsilon=values["layernorm_epsilon"],
             rope_theta=float(values["rotary_base"]),
             rope_scaling_factor=(
-                float(values.get("rope_scaling_factor", 8.0))
-                if values.get("use_rope_scaling")
+                float(values.get("rope_scaling_factor", MEGATRON_ROPE_SCALING_FACTOR))
+                if scales_rope(values)
                 else None
             ),
             seq_length=values["max_position_embeddings"],
@@ -159,10 +161,14 @@ _REQUIRED = (
 # Megatron's name, the value of a Llama, and why another one has no place; a run may have passed any
 # flag of Megatron's behind its recipe
 LLAMA: dict[str, tuple[Any, str]] = {
+    "activation_func_clamp_value": (None, "gated MLPs clamp their input"),
     "add_bias_linear": (False, "linear layers have biases"),
     "add_qkv_bias": (False, "queries, keys and values have biases"),
     "apply_residual_connection_post_layernorm": (False, "the residual is taken after the norm"),
     "attention_output_gate": (False, "attention's output is gated"),
+    "experimental_attention_variant": (None, "attention is not softmax over all of the past"),
+    "glu_linear_offset": (0.0, "gated MLPs add a number to the half that is not activated"),
+    "heterogeneous_layers_config_path": (None, "layers differ in what they are made of"),
     "layernorm_zero_centered_gamma": (False, "norms store their weight minus 1"),
     "multi_latent_attention": (False, "attention is multi-latent"),
     "no_rope_freq": (None, "some layers have no RoPE"),
@@ -173,6 +179,8 @@ LLAMA: dict[str, tuple[Any, str]] = {
     "rotary_interleaved": (False, "RoPE pairs neighbouring channels, not the two halves"),
     "rotary_percent": (1.0, "RoPE turns only a part of the channels"),
     "rotary_seq_len_interpolation_factor": (None, "RoPE's positions are interpolated"),
+    "softmax_type": ("vanilla", "attention's softmax has one term more in its denominator"),
+    "use_mup": (False, "embeddings, attention and logits are scaled by muP"),
     "window_size": (None, "attention sees a window only"),
 }
 
@@ -187,9 +195,19 @@ def refusals(args: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def scales_rope(args: Mapping[str, Any]) -> bool:
+    """Whether Megatron's model of these arguments scales RoPE; HybridModel never does."""
+    return bool(args.get("use_rope_scaling")) and _hybrid_pattern(args) is None
+
+
+def _hybrid_pattern(args: Mapping[str, Any]) -> str | None:
+    # older Megatrons have the second name, newer ones both
+    return args.get("hybrid_layer_pattern") or args.get("hybrid_override_pattern")
+
+
 def _num_layers(values: Mapping[str, Any]) -> int:
     """Pairs of layers: a hybrid model counts attention and MLP apart."""
-    pattern = values.get("hybrid_layer_pattern", values.get("hybrid_override_pattern"))
+    pattern = _hybrid_pattern(values)
     if pattern is None:
         return int(values["num_layers"])
     # the part behind / is of MTP, | cuts pipeline stages

@@ -74,8 +74,7 @@ def convert_from_hf(
     from tqdm import tqdm
 
     hf_dir, out_dir = Path(hf_dir), Path(out_dir).resolve()
-    if out_dir.exists():
-        raise UserError(f"{out_dir} exists. Choose a new folder, or move that one away.")
+    _refuse_existing(out_dir)
     folder = HfFolder(hf_dir)
     arch = read_architecture(folder.config, folder.target, hf_dir / "config.json")
     placements = list(weights_of(arch))
@@ -171,6 +170,11 @@ def _padded(weight: Tensor) -> Tensor:
     return torch.cat([weight, mean.to(weight.dtype).expand(missing, -1)])
 
 
+def _refuse_existing(out_dir: Path) -> None:
+    if out_dir.exists():
+        raise UserError(f"{out_dir} exists. Choose a new folder, or move that one away.")
+
+
 @contextmanager
 def _new_run(out_dir: Path) -> Iterator[Path]:
     """A new folder that becomes `out_dir` when the block ends well, else vanishes."""
@@ -179,6 +183,8 @@ def _new_run(out_dir: Path) -> Iterator[Path]:
     try:
         with new_folder(out_dir) as folder:
             yield folder
+            # what came while this one was written
+            _refuse_existing(out_dir)
     except SafetensorError as error:
         raise UserError(f"A tensor could not be read: {error}. Get the folder again.") from error
     except OSError as error:

@@ -368,12 +368,13 @@ def _check_shape(placement: Placement, reader: TorchDistReader, arch: Architectu
 
 def _check_dtype(placement: Placement, reader: TorchDistReader) -> None:
     dtype = reader.dtype(placement.key)
-    # Megatron dequantizes FP8 parameters while it saves, so that none is expected
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(
-            f"{reader.path}: {placement.key} is stored as {str(dtype).removeprefix('torch.')}, "
-            f"without what its numbers are scaled by. Save it again with bf16 parameters: "
-            f"Megatron-Core 0.19 stores FP8 parameters so."
+            f"{reader.path}: {placement.key} is stored as {str(dtype).removeprefix('torch.')}; "
+            f"only float32, bfloat16 and float16 are weights as they stand, and the scales of FP8 "
+            f"are not in the checkpoint. Megatron-Core 0.19 writes FP8 parameters "
+            f"(--fp8-param-gather) as bf16, so another program saved these: load the checkpoint "
+            f"with it and save the weights in bf16."
         )
 
 

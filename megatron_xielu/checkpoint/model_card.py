@@ -26,7 +26,7 @@ def model_card(
     """The card as Markdown.
 
     Args:
-        args: what Megatron saved; the recipe, where there is one, knows the same and more.
+        args: what Megatron saved.
         arch: of the export.
     """
     xielu = arch.activation == "xielu"
@@ -48,7 +48,7 @@ def model_card(
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     recipe = f"\n## Recipe\n\n```yaml\n{to_yaml(run.recipe).rstrip()}\n```\n" if run.recipe else ""
     return _CARD.format(
-        name=run.recipe.name if run.recipe else run.path.parent.name,
+        name=run.recipe.name if run.recipe else run.run_dir.name,
         tags="- xielu\n" if xielu else "",
         mlp=_MLP[arch.activation],
         class_name=target.class_name,
@@ -67,14 +67,12 @@ def _rope(arch: Architecture) -> str:
 
 
 def _trained_on(run: RunCheckpoint, args: Mapping[str, Any]) -> str:
-    sequences: Any = args.get("consumed_train_samples")
-    length: Any = args.get("seq_length")
-    if run.recipe is not None:
-        sequences = run.iteration * run.recipe.training.global_batch_size
-        length = run.recipe.model.seq_length
-    if not (isinstance(sequences, int) and isinstance(length, int) and sequences * length):
-        return f"{run.iteration:,} steps"
-    return f"{sequences * length:,} tokens in {run.iteration:,} steps"
+    # not by the recipe: a run may go on with another batch or length, and flags may set the batch
+    tokens = args.get("consumed_train_tokens")
+    if tokens is None:
+        tokens = (args.get("consumed_train_samples") or 0) * (args.get("seq_length") or 0)
+    steps = f"{run.iteration:,} steps"
+    return f"{tokens:,} tokens in {steps}" if tokens else steps
 
 
 def _losses(run: RunCheckpoint) -> dict[str, str]:

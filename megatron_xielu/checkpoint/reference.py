@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_xielu.checkpoint.run import RunCheckpoint
+from megatron_xielu.recipes import to_yaml
 
 _PROGRAM = """
 import sys
@@ -42,12 +43,17 @@ def megatron_logits(run: RunCheckpoint) -> Callable[[list[list[int]]], list[Tens
     Raises:
         RuntimeError: from the returned function, when the process fails; the message has its end.
     """
+    assert run.recipe is not None, "open_recipe sees to it"
+    described = to_yaml(run.recipe)
 
     def logits(prompts: list[list[int]]) -> list[Tensor]:
         with tempfile.TemporaryDirectory() as folder:
-            asked, answer = Path(folder, "prompts.json"), Path(folder, "logits.pt")
+            recipe, asked, answer = (
+                Path(folder, name) for name in ("recipe.yaml", "prompts.json", "logits.pt")
+            )
+            recipe.write_text(described, encoding="utf-8")
             asked.write_text(json.dumps(prompts))
-            files = (run.path, run.run_dir / "recipe.yaml", asked, answer)
+            files = (run.path, recipe, asked, answer)
             done = subprocess.run(
                 [sys.executable, "-c", _PROGRAM, *map(str, files)],
                 env={**os.environ, **_ALONE},

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_xielu.checkpoint.architecture import LLAMA, Architecture
+from megatron_xielu.checkpoint.architecture import (
+    LLAMA,
+    MEGATRON_ROPE_SCALING_FACTOR,
+    Architecture,
+    scales_rope,
+)
 from megatron_xielu.checkpoint.store import LATEST, Store
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
@@ -16,6 +21,7 @@ from megatron_xielu.recipes import Recipe, head_dim, load_recipe, num_query_grou
 from megatron_xielu.unpickle import Opaque
 
 _RECIPE = "recipe.yaml"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class RunCheckpoint:
     """One saved step of one run."""
 
     run_dir: Path
+    """Holds the run's metrics, and its recipe as it is now."""
     path: Path
     """The iter_ folder, or `release` for weights alone."""
     iteration: int
     """0 for weights alone."""
     recipe: Recipe | None
-    """None for a checkpoint of plain Megatron, beside which no recipe.yaml lies."""
+    """Of this step: a run may go on with another one. None for a checkpoint of plain Megatron,
+    beside which no recipe.yaml lies."""
     tokenizer: Path | None
     """The tokenizer folder of the run's data, if it is on this machine."""
 
@@ -45,10 +53,9 @@ def open_run(path: Path) -> RunCheckpoint:
     step = path if re.fullmatch(r"iter_\d+|release", path.name) else _latest_step(path)
     if not step.is_dir():
         raise UserError(f"{step} does not exist{_saved_steps(step.parent)}.")
-    run_dir = _run_dir(step)
-    recipe = load_recipe(str(run_dir / _RECIPE)) if run_dir is not None else None
+    recipe = _recipe(step)
     return RunCheckpoint(
-        run_dir=run_dir or step.parent,
+        run_dir=_run_dir(step),
         path=step,
         iteration=0 if step.name == "release" else int(step.name.removeprefix("iter_")),
         recipe=recipe,
@@ -88,8 +95,8 @@ def architecture_of(
     if run.recipe is not None:
         if given:
             raise UserError(
-                f"--arg {next(iter(given))} means nothing: {run.run_dir / _RECIPE} describes the "
-                f"model."
+                f"--arg {next(iter(given))} means nothing: the {_RECIPE} of {run.path} describes "
+                f"the model."
             )
         check_arguments(reader, run.recipe)
         # weights from elsewhere keep their vocabulary beside the recipe's rows
@@ -97,19 +104,38 @@ def architecture_of(
         size = vocab_size or own or run.recipe.model.vocab_size
         if size is None:
             raise UserError(
-                f"The vocabulary's size is unknown: {run.run_dir / _RECIPE} leaves "
+                f"The vocabulary's size is unknown: the {_RECIPE} of {run.path} leaves "
                 f"model.vocab_size open and the run's tokenizer is not here. Give the tokenizer's "
                 f"folder."
             )
         return Architecture.of_recipe(run.recipe, size)
+    args, given = arguments_of(reader), given or {}
     try:
+        _check_rope_scaling(args, given)
         return Architecture.of_arguments(
-            {**arguments_of(reader), **(given or {})},
+            {**args, **given},
             has_alphas=any(map(_is_alpha, reader.keys())),
             vocab_size=vocab_size,
         )
     except UserError as error:
         raise UserError(f"{run.path} (no {_RECIPE} lies beside it): {error}") from error
+
+
+def _check_rope_scaling(args: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UserError where nobody knows by which factor a model's RoPE was scaled.
+
+    Megatron saves what it was told, and its own models compute with its default all the same.
+    """
+    factor = args.get("rope_scaling_factor", MEGATRON_ROPE_SCALING_FACTOR)
+    known = "rope_scaling_factor" in given or factor == MEGATRON_ROPE_SCALING_FACTOR
+    if known or not scales_rope({**args, **given}):
+        return
+    raise UserError(
+        f"Its arguments say rope_scaling_factor={factor}, which Megatron-Core 0.19 hands on to no "
+        f"model. Give --arg rope_scaling_factor={MEGATRON_ROPE_SCALING_FACTOR:g} if Megatron's own "
+        f"scripts trained it, and --arg rope_scaling_factor={factor:g} if a program did that hands "
+        f"it on, as `megatron-xielu pretrain` does."
+    )
 
 
 def _is_alpha(key: str) -> bool:
@@ -179,7 +205,7 @@ def _expected_arguments(recipe: Recipe, args: Any) -> dict[str, Any]:
 
 
 def _latest_step(path: Path) -> Path:
-    folder = next((f for f in (path / "checkpoints", path) if (f / LATEST).is_file()), None)
+    folder = next((f for f in (path / _CHECKPOINTS, path) if (f / LATEST).is_file()), None)
     if folder is None:
         raise UserError(
             f"{path} has no checkpoint yet: neither it nor its checkpoints/ holds {LATEST}. Give "
@@ -195,9 +221,16 @@ def _saved_steps(folder: Path) -> str:
     return f"; saved there: {', '.join(names)}" if names else "; nothing is saved there"
 
 
-def _run_dir(step: Path) -> Path | None:
-    folders = (step.parent.parent, step.parent, step)
-    return next((folder for folder in folders if (folder / _RECIPE).is_file()), None)
+def _run_dir(step: Path) -> Path:
+    return step.parent.parent if step.parent.name == _CHECKPOINTS else step.parent
+
+
+def _recipe(step: Path) -> Recipe | None:
+    # a step keeps the recipe it was trained by; steps of older versions have the run's alone
+    folders = (step, step.parent.parent, step.parent)
+    files = (folder / _RECIPE for folder in folders)
+    file = next((file for file in files if file.is_file()), None)
+    return load_recipe(str(file)) if file is not None else None
 
 
 def _tokenizer(recipe: Recipe | None) -> Path | None:

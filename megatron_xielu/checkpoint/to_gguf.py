@@ -88,8 +88,7 @@ def convert_to_gguf(
     import gguf
 
     hf_dir, out = Path(hf_dir), Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists. Choose another name, or move that one away.")
+    _refuse_existing(out)
     folder = HfFolder(hf_dir)
     model = _read_config(folder)
     try:
@@ -312,10 +311,17 @@ def _encode(tensor: Tensor, raw: GGMLQuantizationType) -> np.ndarray[Any, Any]:
     return gguf.quantize(tensor.float().numpy(), raw)
 
 
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists. Choose another name, or move that one away.")
+
+
 @contextmanager
 def _written(out: Path) -> Iterator[Path]:
     try:
         with new_file(out) as partial:
             yield partial
+            # what came while this one was written
+            _refuse_existing(out)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error}. Nothing was left.") from error

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_xielu.checkpoint import export_manifest
 from megatron_xielu.checkpoint.architecture import Architecture
 from megatron_xielu.checkpoint.hf_model import INDEX_FILE
 from megatron_xielu.checkpoint.mapping import (
@@ -45,8 +46,6 @@ from megatron_xielu.folders import leftovers, new_folder
 
 DType = Literal["auto", "fp32", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MANIFEST = "megatron_xielu_export.json"
-"""Marks a folder as an export, which another export may replace."""
 SINGLE_FILE = "model.safetensors"
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -90,8 +89,8 @@ def convert_to_hf(
 
     Args:
         source: see `open_run`.
-        out_dir: must not exist, or be an earlier export, which is replaced once the new one is
-            complete; a failure leaves it as it was.
+        out_dir: must not exist, or be an earlier export to which nothing was done since; it is
+            replaced once the new one is complete, and a failure leaves it as it was.
         arch: the class of transformers; "auto" is the one that fits.
         dtype: "auto" keeps the type of the checkpoint's matrices. xIELU's alphas are always fp32.
         tokenizer: a tokenizer folder; None means that of the run's data, if it is there.
@@ -104,12 +103,12 @@ def convert_to_hf(
 
     Raises:
         UserError: no such class can hold the model, the checkpoint is unreadable or of another
-            recipe, or the folder cannot be written.
+            recipe, or the folder cannot be written or holds something else than an export.
         VerifyError: what was written is not the checkpoint's model; nothing is left of it.
     """
     run = open_run(source)
     out_dir = Path(out_dir).resolve()
-    _refuse_foreign(out_dir)
+    export_manifest.refuse_changed(out_dir)
     reader = TorchDistReader(run.path)
     tokens = _special_tokens(tokenizer or run.tokenizer)
     size = tokens.vocab_size if tokens else None
@@ -149,19 +148,13 @@ def convert_to_hf(
             has_tokenizer=bool(folder_of_tokenizer),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_json(
-            folder / MANIFEST,
-            {
-                "format": 1,
-                "recipe": run.recipe.name if run.recipe else None,
-                "iteration": run.iteration,
-                "dtype": name,
-            },
-        )
         if check:
             from megatron_xielu.checkpoint.verify import verify
 
             progress(str(verify(folder, run.path, given=given)))
+        recipe_name = run.recipe.name if run.recipe else None
+        about = {"recipe": recipe_name, "iteration": run.iteration, "dtype": name}
+        export_manifest.save(folder, about)
         files = tuple(sorted(file.name for file in folder.iterdir()))
     progress(f"wrote {out_dir}: {num_parameters:,} parameters in {len(shards)} file(s)")
     return HfExport(
@@ -312,19 +305,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _refuse_foreign(out_dir: Path) -> None:
-    if out_dir.exists() and not (out_dir / MANIFEST).is_file():
-        raise UserError(
-            f"{out_dir} exists and is not an export of this program (it has no {MANIFEST}). Choose "
-            f"a new folder, or move that one away."
-        )
-
-
 @contextmanager
 def _new_export(out_dir: Path) -> Iterator[Path]:
     """A new folder that takes `out_dir`'s place when the block ends well, else vanishes."""
     try:
         with new_folder(out_dir) as folder:
             yield folder
+            # what came while this one was written
+            export_manifest.refuse_changed(out_dir)
     except OSError as error:
         raise UserError(f"{out_dir} could not be written: {error}. Nothing was changed.") from error

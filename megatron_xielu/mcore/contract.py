@@ -273,6 +273,16 @@ SEAMS = (
         "checkpoint_path tracker_filename save_dir iteration",
     ),
     Seam(
+        f"{_SAVE}.check_checkpoint_args",
+        "is handed the arguments of a loaded checkpoint, with its count of tokens",
+        "checkpoint_args",
+    ),
+    Seam(
+        f"{_SAVE}.load_checkpoint",
+        "takes the count of sequences from the same arguments",
+        source="getattr(checkpoint_args, 'consumed_train_samples', 0)",
+    ),
+    Seam(
         f"{_SAVE}.schedule_async_save",
         "takes the request to which publishing is added",
         "async_request",

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.training.global_vars import get_args, get_tensorboard_writer
 from torch import nn
 
-from megatron_xielu.errors import UnhealthyRun, UserError
+from megatron_xielu.errors import SharedUserError, UnhealthyRun, UserError
 from megatron_xielu.mcore.activation import ParallelXIELU
 from megatron_xielu.mcore.fp8_emulation import EmulatedProduct, Statistics
 from megatron_xielu.mcore.observer import Listener, is_reporting_rank
@@ -68,14 +68,13 @@ class Watch:
         self._in_bf16: list[InBf16] = []
 
     def start(self, model: Sequence[nn.Module], step: int) -> None:
-        """Everything is loaded and training begins after `step`."""
+        """Everything is loaded and training begins after `step`; raises UserError on all ranks."""
         # what a later step decided, this run will meet again
         self._in_bf16 = [each for each in self._read() if each.step <= step]
         self._keep_in_bf16(model, [each.layer for each in self._in_bf16])
         if self._in_bf16:
             layers = ", ".join(str(each.layer) for each in self._in_bf16)
             self.listener.note(f"fc2 stays in bf16 in layer {layers} (fp8.on_outlier)")
-        torch.distributed.barrier()
         self._write()
 
     def before(self, model: Sequence[nn.Module], step: int) -> None:
@@ -150,9 +149,18 @@ class Watch:
                     )
 
     def _keep_in_bf16(self, model: Sequence[nn.Module], layers: Sequence[int]) -> None:
-        for number, mlp in mlps(model):
-            if number in layers:
-                keep_in_bf16(mlp)
+        """Every rank must call it: what one cannot do, all of them say."""
+        problem: str | None = None
+        try:
+            for number, mlp in mlps(model):
+                if number in layers:
+                    keep_in_bf16(mlp)
+        except UserError as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(problems, problem)
+        if found := next(filter(None, problems), None):
+            raise SharedUserError(found)
 
     def _read(self) -> list[InBf16]:
         if self.record is None or not self.record.is_file():

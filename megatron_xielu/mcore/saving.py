@@ -36,6 +36,7 @@ from megatron_xielu.mcore import patches
 from megatron_xielu.mcore.observer import Listener, is_reporting_rank
 from megatron_xielu.mcore.preemption import Preemption
 from megatron_xielu.mcore.shard_file import ShardFile
+from megatron_xielu.mcore.token_count import TokenCount
 from megatron_xielu.signals import kept_from_children
 
 _UNKNOWN = "a rank could not write; the logs say why"
@@ -92,6 +93,7 @@ class Saving:
         self.store = store
         self.preemption = preemption
         self.listener = listener
+        self._tokens = TokenCount()
         self._staged_step: int | None = None
         self._scheduled_step = 0
         self._problem: str | None = None
@@ -123,6 +125,7 @@ class Saving:
                 "where to save by --run-dir; --load may name any folder"
             )
         checkpointing = megatron.training.checkpointing
+        self._tokens.attach()
         patches.wrap_training("save_checkpoint", self._around_save)
         patches.wrap_training("maybe_finalize_async_save", self._around_finalize)
         patches.wrap(checkpointing, "get_checkpoint_name", self._around_name)
@@ -143,6 +146,7 @@ class Saving:
             if kwargs.get("non_persistent_ckpt"):
                 save(iteration, *args, **kwargs)
                 return
+            self._tokens.update()
             # a save that is still being written uses the same folder beside
             megatron.training.training.maybe_finalize_async_save(blocking=True)
             self._began, self._at_work = time.perf_counter(), True

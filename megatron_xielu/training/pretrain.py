@@ -198,7 +198,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
             signals=signals,
             emulated_fp8=_emulated_fp8(job.recipe),
             watch=_watch(job.recipe),
-            watch_record=job.run_dir / "fp8_bf16_layers.json",
+            watch_record=job.run_dir / run_dir.BF16_LAYERS,
             health=HealthSettings(**dataclasses.asdict(job.recipe.health)),
             joined=joined,
         )

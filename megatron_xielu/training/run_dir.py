@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shlex
 from collections.abc import Callable, Collection, Sequence
@@ -20,6 +21,8 @@ RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 FLAGS = "megatron_flags.txt"
+BF16_LAYERS = "fp8_bf16_layers.json"
+"""The layers that `fp8.on_outlier=bf16_layer` took out of FP8, and from which step on."""
 
 
 def store(run_dir: Path, recipe: Recipe) -> Store:
@@ -56,7 +59,7 @@ def claim(
 
     Raises:
         UserError: the folder cannot be written, is in use, or holds a run of another recipe or
-            model.
+            model, or one with layers that this recipe cannot keep out of FP8.
     """
     # weights alone, step 0, are of no run: it may be any that holds them
     has_saved = any(Store(run_dir / CHECKPOINTS).steps())
@@ -70,7 +73,9 @@ def claim(
     lock = _lock(run_dir)
     checkpoints = store(run_dir, recipe)
     checkpoints.recover(progress)
-    loaded = checkpoints.path(_whole_step(checkpoints, recipe, progress))
+    step = _whole_step(checkpoints, recipe, progress)
+    _check_bf16_layers(run_dir / BF16_LAYERS, recipe, step)
+    loaded = checkpoints.path(step)
     if loaded.is_dir():
         reader = TorchDistReader(loaded)
         overridden = _names(megatron_flags) | changes.megatron_names(allowed)
@@ -99,6 +104,27 @@ def _whole_step(checkpoints: Store, recipe: Recipe, progress: Callable[[str], No
     checkpoints.set_latest(older)
     progress(f"step {step} is damaged, now {aside}:\n{found}\ngoing on from step {older}")
     return older
+
+
+def _check_bf16_layers(record: Path, recipe: Recipe, step: int) -> None:
+    """Raises UserError where layers that left FP8 by `step` would have to go back into it."""
+    fp8 = recipe.fp8
+    if fp8.recipe == "off" or not record.is_file():
+        return
+    try:
+        layers = [each["layer"] for each in json.loads(record.read_text()) if each["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{record} cannot be read ({error!r}): put back what the run wrote, or remove it to "
+            "take all layers back into FP8"
+        ) from error
+    if layers and not fp8.fused and not fp8.emulate:
+        raise UserError(
+            f"fp8.fused=false cannot go on with this run: fc2 left FP8 in layer "
+            f"{', '.join(map(str, layers))} (fp8.on_outlier=bf16_layer), and TransformerEngine's "
+            f"own modules quantize every input. Set fp8.fused=true, or remove {record} to take "
+            "them back into FP8."
+        )
 
 
 def _check_same_run(

@@ -24,8 +24,8 @@ GQA = Model(
 MHA_TIED = replace(GQA, num_query_groups=None, head_dim=24, tie_embeddings=True)
 QK_NORM = replace(GQA, qk_layernorm=True)
 SWIGLU = replace(GQA, activation="swiglu")
-# a context beyond which Llama 3's scaling matters, with wavelengths on both sides of its limits
-SCALED = ["--use-rope-scaling", "--rope-scaling-factor", "4"]
+# wavelengths lie on both sides of Llama 3's limits
+SCALED = replace(QK_NORM, rope_scaling_factor=4.0)
 HYBRID = ["--hybrid-layer-pattern", "*-*-*-*-"]
 TP2 = Parallel(tensor_model_parallel_size=2)
 PP2 = Parallel(pipeline_model_parallel_size=2)
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[Model, Parallel, dict[str, Any]]] = {
     "mha-tied-pp2": (MHA_TIED, PP2, {}),
     "apertus": (QK_NORM, Parallel(), {}),
     "apertus-tied-tp2": (replace(MHA_TIED, qk_layernorm=True), TP2, {}),
-    "apertus-scaled": (QK_NORM, Parallel(), {"flags": SCALED, "plain": True}),
+    "apertus-scaled": (SCALED, Parallel(), {}),
     "llama": (SWIGLU, Parallel(), {}),
     "llama-tp2": (SWIGLU, TP2, {}),
     "qwen3": (replace(SWIGLU, qk_layernorm=True, head_dim=24), Parallel(), {}),

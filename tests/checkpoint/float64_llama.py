@@ -24,8 +24,7 @@ Weight = Callable[..., Tensor]
 def float64_logits(layout: str, prompts: list[list[int]]) -> list[Tensor]:
     """Logits (tokens, padded vocabulary) of each prompt."""
     model, _, options = LAYOUTS[layout]
-    flags = options.get("flags", [])
-    factor = float(flags[-1]) if "--use-rope-scaling" in flags else None
+    factor = model.rope_scaling_factor
 
     def weight(name: str, *shape: int, layer: int | None = None) -> Tensor:
         stacked = shape if layer is None else (model.num_layers, *shape)

@@ -52,6 +52,9 @@ def test_arguments_of_the_swiss_ai_fork() -> None:
     assert arch.rope_scaling_factor is None
     assert choose_target(arch).class_name == "ApertusForCausalLM"
     assert of(use_rope_scaling=True).rope_scaling_factor == 8.0
+    # HybridModel has no parameter for it
+    hybrid = {"hybrid_layer_pattern": "*-" * 32}
+    assert of(use_rope_scaling=True, **hybrid).rope_scaling_factor is None
     # without grouped queries the number of groups is an unused default
     assert of(group_query_attention=False, num_query_groups=1).num_query_groups == 32
 
@@ -90,6 +93,12 @@ def test_the_class_that_fits(change: dict[str, Any], class_name: str) -> None:
         ({"add_qkv_bias": True}, r"add_qkv_bias=True: queries, keys and values have biases"),
         ({"num_experts": 8}, r"num_experts=8: the MLPs are mixtures of experts"),
         ({"window_size": (128, 0)}, r"window_size=\(128, 0\): attention sees a window only"),
+        ({"use_mup": True, "mup_output_mult": 0.5}, r"use_mup=True: .* are scaled by muP"),
+        ({"softmax_type": "off-by-one"}, r"softmax_type='off-by-one': .* one term more"),
+        ({"glu_linear_offset": 1.0}, r"glu_linear_offset=1\.0: gated MLPs add a number"),
+        ({"activation_func_clamp_value": 7.0}, r"clamp_value=7\.0: gated MLPs clamp"),
+        ({"experimental_attention_variant": "dsa"}, r"variant='dsa': attention is not softmax"),
+        ({"heterogeneous_layers_config_path": "x.json"}, r"'x\.json': layers differ"),
         ({"position_embedding_type": "learned_absolute"}, r"positions are not RoPE"),
         ({"xielu": False}, r"neither xIELU .* nor SwiGLU nor squared ReLU"),
         ({"swiglu": True}, r"holds xIELU's alphas, and its arguments say swiglu"),

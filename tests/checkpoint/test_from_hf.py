@@ -300,6 +300,13 @@ def test_an_existing_folder_stays(folders: dict[str, Path], tmp_path: Path) -> N
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_that_comes_meanwhile_stays(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"out exists\. Choose a new folder"):
+        convert_from_hf(folders["arcee"], out, progress=lambda line: out.mkdir())
+    assert [list(path.iterdir()) for path in tmp_path.iterdir()] == [[]]
+
+
 def test_a_write_that_fails_leaves_nothing(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

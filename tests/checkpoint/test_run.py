@@ -39,6 +39,22 @@ def test_latest_step_by_the_tracker_and_any_by_name(copy_run: Callable[[str], Pa
     assert open_run(folder / "iter_0000400").iteration == 400
 
 
+def test_a_step_is_of_its_own_recipe_and_not_of_what_the_run_goes_on_with(
+    copy_run: Callable[[str], Path],
+) -> None:
+    run = copy_run("gqa")
+    step = run / "checkpoints" / "iter_0000200"
+    shutil.copy(run / "recipe.yaml", step)
+    (run / "recipe.yaml").write_text(to_yaml(with_model(rope_theta=1e6, seq_length=64)))
+    opened = open_run(run)
+    arch = architecture_of(opened, TorchDistReader(step))
+    assert (arch.rope_theta, arch.seq_length) == (5000.0, 32)
+    # what lies beside the steps is the run's
+    assert opened.run_dir == run
+    (run / "recipe.yaml").unlink()
+    assert open_run(step) == opened
+
+
 def test_tokenizer_of_the_runs_data(
     copy_run: Callable[[str], Path], tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +100,27 @@ def test_arguments_may_be_given_only_where_no_recipe_says_them(runs: dict[str, P
     plain = replace(run, recipe=None)
     arch = architecture_of(plain, TorchDistReader(run.path), given={"rotary_base": 1})
     assert arch.rope_theta == 1.0
+
+
+def test_the_factor_of_scaled_rope_is_asked_for_where_megatron_may_have_dropped_it(
+    runs: dict[str, Path],
+) -> None:
+    run = replace(open_run(runs["apertus-scaled"]), recipe=None)
+    reader = TorchDistReader(run.path)
+    with pytest.raises(UserError) as error:
+        architecture_of(run, reader)
+    message = str(error.value)
+    assert "iter_0000200 (no recipe.yaml lies beside it): Its arguments say" in message
+    assert "rope_scaling_factor=4.0, which Megatron-Core 0.19 hands on to no model" in message
+    assert "--arg rope_scaling_factor=8 if Megatron's own scripts trained it" in message
+    assert "--arg rope_scaling_factor=4 if a program did that hands it on" in message
+    for factor in (8, 4):
+        arch = architecture_of(run, reader, given={"rope_scaling_factor": factor})
+        assert arch.rope_scaling_factor == factor
+    # nothing to ask without scaling
+    assert (
+        architecture_of(run, reader, given={"use_rope_scaling": False}).rope_scaling_factor is None
+    )
 
 
 def with_model(**change: object) -> Recipe:

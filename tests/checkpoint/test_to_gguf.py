@@ -242,6 +242,15 @@ def test_an_existing_file_is_kept(save: Save) -> None:
     assert (folder.parent / "out.gguf").read_text() == "mine"
 
 
+def test_a_file_that_comes_meanwhile_is_kept(save: Save) -> None:
+    folder = save()
+    out = folder.parent / "out.gguf"
+    with pytest.raises(UserError, match=r"out\.gguf exists"):
+        convert_to_gguf(folder, out, tokenizer=False, progress=lambda line: out.write_text("mine"))
+    assert out.read_text() == "mine"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["hf", "out.gguf"]
+
+
 def test_a_full_disk_leaves_nothing(save: Save) -> None:
     folder = save()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

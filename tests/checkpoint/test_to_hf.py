@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from write_checkpoint import weight_of
 
 from megatron_xielu.checkpoint import verify
+from megatron_xielu.checkpoint.export_manifest import MANIFEST
 from megatron_xielu.checkpoint.mapping import XIELU_CONSTANTS
-from megatron_xielu.checkpoint.run import arguments_of
+from megatron_xielu.checkpoint.model_card import _trained_on
+from megatron_xielu.checkpoint.run import arguments_of, open_run
 from megatron_xielu.checkpoint.safetensors_file import SafetensorsWriter
-from megatron_xielu.checkpoint.to_hf import MANIFEST, convert_to_hf
+from megatron_xielu.checkpoint.to_hf import convert_to_hf
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.checkpoint.verify import VerifyError
 from megatron_xielu.cli import main
@@ -271,12 +273,71 @@ def test_files_are_as_readable_as_any_other(runs: dict[str, Path], tmp_path: Pat
 
 def test_an_earlier_export_is_replaced(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(runs["gqa"], out)
-    (out / "left.over").touch()
+    convert(runs["gqa"], out, max_shard_bytes=150_000)
     convert(runs["mha-tied-pp2"], out)
-    assert not (out / "left.over").exists()
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
     assert json.loads((out / MANIFEST).read_text())["recipe"] == "mha-tied-pp2"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def fine_tune(out: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda out: (out / "notes.md").touch(), r"\(added: notes\.md\)"),
+        (lambda out: (out / "checkpoint-100").mkdir(), r"\(added: checkpoint-100/\)"),
+        (lambda out: (out / "README.md").unlink(), r"\(removed: README\.md\)"),
+        (fine_tune, r"\(changed: config\.json, .*model\.safetensors\)"),
+        (
+            lambda out: [(out / f"{i}.txt").touch() for i in range(7)],
+            r"\(added: 0\.txt, .*, 4\.txt and 2 more\)",
+        ),
+    ],
+)
+def test_an_export_that_something_was_done_to_is_kept(
+    runs: dict[str, Path], tmp_path: Path, change: Callable[[Path], object], told: str
+) -> None:
+    out = tmp_path / "out"
+    convert(runs["gqa"], out)
+    change(out)
+    before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()}
+    with pytest.raises(UserError, match=rf"no longer what the export wrote {told}.*a new folder"):
+        convert(runs["gqa"], out)
+    after = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.iterdir()}
+    assert after == before
+
+
+def test_what_comes_while_an_export_is_written_is_kept(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for told in (r"has no megatron_xielu_export\.json", r"added: notes\.md"):
+        with pytest.raises(UserError, match=told):
+            convert_to_hf(runs["gqa"], out, progress=lambda line: note(out))
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (out / "notes.md").is_file()
+        shutil.rmtree(out)
+        convert(runs["gqa"], out)
+
+
+def note(out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    (out / "notes.md").touch()
+
+
+@pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 2, "files": []}', "[]", "{"])
+def test_an_export_whose_files_are_not_known_is_kept(
+    runs: dict[str, Path], tmp_path: Path, content: str
+) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match=r"does not list what the export wrote, as of an older"):
+        convert(runs["gqa"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -445,6 +506,23 @@ def test_model_card(copy_run: Callable[[str], Path], tokenizer: Path, tmp_path: 
     assert "| validation loss | 2.2500 nats per token at step 200 |" in card
     assert "--model-impl transformers" in card
     assert to_yaml(recipe_of("gqa")).rstrip() in card
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        # a sequence length that changed
+        ({"consumed_train_tokens": 40_000, "consumed_train_samples": 900}, "40,000 tokens in 200"),
+        ({"consumed_train_samples": 900, "seq_length": 64}, "57,600 tokens in 200"),
+        ({"consumed_train_samples": None}, "200"),
+        ({}, "200"),
+    ],
+)
+def test_tokens_are_what_megatron_counted(
+    runs: dict[str, Path], args: dict[str, object], told: str
+) -> None:
+    # the recipe's batch of the present says nothing of the past
+    assert _trained_on(open_run(runs["gqa"]), args) == f"{told} steps"
 
 
 def test_every_layout_is_covered() -> None:

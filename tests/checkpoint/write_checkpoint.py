@@ -168,6 +168,7 @@ def run(job: Job) -> None:
     run_dir = Path(job.run_dir)
     recipe = load_recipe(str(run_dir / "recipe.yaml"))
     args = parse(run_dir, recipe, job.precision, job.flags)
+    args.consumed_train_samples = 200 * args.global_batch_size
     sizes = (args.pipeline_model_parallel_size, args.tensor_model_parallel_size)
     parallel_state.initialize_model_parallel(sizes[1], sizes[0])
     model_parallel_cuda_manual_seed(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,6 +126,24 @@ def transformer_engine_looks_at_what_it_writes() -> dict[str, list[float]]:
             measured[f"{name}{', recomputed' if recompute else ''}"] = [kurtosis, flushed]
     assert measured["blockwise"][1] < measured["tensorwise"][1]
     return measured
+
+
+def a_layer_that_cannot_leave_fp8_ends_every_rank() -> None:
+    """One stage has the layer, and the others would wait for it."""
+    from megatron_xielu.errors import SharedUserError, UserError
+    from megatron_xielu.mcore import fp8_watch
+
+    def refuse(mlp: None) -> None:
+        raise UserError("fp8.fused")
+
+    rank = torch.distributed.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8_watch, "mlps", lambda model: [(rank + 1, None)])
+        patch.setattr(fp8_watch, "keep_in_bf16", refuse)
+        watch = fp8_watch.Watch(fp8_watch.WatchSettings(), listener=None, record=None)  # type: ignore[arg-type]
+        watch._keep_in_bf16([], [3])
+        with pytest.raises(SharedUserError, match=r"fp8\.fused"):
+            watch._keep_in_bf16([], [2])
 
 
 def transformer_engine_takes_a_layer_out_of_fp8() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import diff, load_recipe
+from megatron_xielu.training import run_dir
 from megatron_xielu.training.changes import check_changes, megatron_names
 
 FOLDER = Path("runs/a")
@@ -66,3 +67,35 @@ def test_every_key_is_decided() -> None:
     watch = {"watch_interval", "on_outlier", "max_saturated", "max_flushed", "max_kurtosis"}
     assert others == {"fp8.fused", *(f"fp8.{key}" for key in watch)}
     check_changes(diff(given, load_recipe("tiny", ["fp8.fused=false"])), FOLDER, [])
+
+
+KEPT = '[{"layer": 3, "step": 20}, {"layer": 5, "step": 30}]'
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides"),
+    [(19, []), (30, ["fp8.fused=true"]), (30, ["fp8.emulate=true"]), (30, ["fp8.recipe=off"])],
+)
+def test_layers_in_bf16_go_on_where_they_can(
+    tmp_path: Path, step: int, overrides: list[str]
+) -> None:
+    record = tmp_path / run_dir.BF16_LAYERS
+    record.write_text(KEPT)
+    recipe = load_recipe("tiny", ["fp8.recipe=tensorwise", "fp8.fused=false", *overrides])
+    run_dir._check_bf16_layers(record, recipe, step)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('[{"layer": 3, "step": 0}]', r"fc2 left FP8 in layer 3 .*fp8\.fused=true, or remove"),
+        ('[{"layer": 3', r"fp8_bf16_layers\.json cannot be read \(JSONDecodeError"),
+    ],
+)
+def test_layers_in_bf16_cannot_go_on_in_plain_modules(
+    tmp_path: Path, content: str, told: str
+) -> None:
+    (tmp_path / run_dir.BF16_LAYERS).write_text(content)
+    recipe = load_recipe("tiny", ["fp8.recipe=tensorwise", "fp8.fused=false"])
+    with pytest.raises(UserError, match=told):
+        run_dir.claim(tmp_path, recipe, progress=str)

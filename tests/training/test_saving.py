@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from megatron_xielu.checkpoint import manifest as manifests
+from megatron_xielu.checkpoint.run import arguments_of
 from megatron_xielu.checkpoint.store import Store
+from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.recipes import load_recipe
 from tests.ranks import environment
 from tests.training.kills import run_and_kill
@@ -62,6 +64,23 @@ def test_a_step_holds_its_manifest_and_its_recipe(straight: Path) -> None:
     assert load_recipe(str(store.path(20) / "recipe.yaml")).training.train_iters == 20
     # Megatron's saved arguments name the run's folder and not the one beside it
     assert store.problems(20, checksums=True) == []
+
+
+def test_a_checkpoint_counts_tokens_whatever_changes(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fixed = ("logging.eval_iters=0", "schedule.lr_wsd_decay_iters=1")
+    first = ("training.train_iters=2", "training.global_batch_size=8", "model.seq_length=64")
+    then = ("training.train_iters=3", "training.global_batch_size=4", "model.seq_length=32")
+    # Megatron's own flag is what counts
+    two = ["--global-batch-size", "2"]
+    for keys, flags, tokens in ((first, two, 2 * 2 * 64), (then, [], 2 * 2 * 64 + 4 * 32)):
+        words = command(folder, data_dir, *fixed, *keys)
+        for key in keys:
+            words += ["--allow-changed", key.partition("=")[0]]
+        done = run([*words, "--", *flags] if flags else words)
+        assert done.returncode == 0, done.stderr
+        args = arguments_of(TorchDistReader(Store(folder / "checkpoints").path(latest(folder))))
+        assert args["consumed_train_tokens"] == tokens
 
 
 def test_kills_of_ranks(data_dir: Path, straight: Path, tmp_path: Path) -> None:
