@@ -112,15 +112,18 @@ def test_an_evaluation_is_left(where: str, finished: Path, data_dir: Path, tmp_p
     assert not any(r["type"] == "valid" and r["step"] == 7 for r in metrics(folder))
 
 
-def test_every_process_of_a_rank_is_told(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda n: n.name)
+def test_every_process_of_a_rank_is_told(
+    number: signal.Signals, data_dir: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     with started(command(folder, data_dir, *LONG, "checkpoint.save_interval=2")) as process:
         # after a save, whose helpers stay
         wait_for_step(process, folder, 4)
         (rank, *_) = ranks_of(process.pid).values()
-        # srun signals a whole step
+        # srun signals a whole step, torchrun a rank's process group
         for each in [*psutil.Process(rank).children(recursive=True), psutil.Process(rank)]:
-            each.send_signal(signal.SIGUSR1)
+            each.send_signal(number)
         output = end_of(process)
     step = int(re.search(r"stopped at step (\d+), saved", output).group(1))  # type: ignore[union-attr]
     assert 4 <= step == latest(folder) < 40
