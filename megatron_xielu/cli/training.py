@@ -129,14 +129,14 @@ def _add_launch(commands: Any) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from megatron_xielu.launch import join
+    from megatron_xielu.launch import join, pet
     from megatron_xielu.signals import StopSignals
     from megatron_xielu.training import launch
 
     if not (args.dry_run or args.for_gpu):
         join.join_srun()
-        if join.is_node_of_torchrun():
-            join.become_torchrun(args.words)
+        if pet.is_node():
+            pet.become_torchrun(args.words)
     signals = StopSignals()
     if launch.is_rank():
         # before the imports below, which take seconds

@@ -1,12 +1,10 @@
-"""How a run is joined where no torchrun starts the ranks: as tasks of `srun`, or by PET_*."""
+"""How a run is joined where no torchrun starts the ranks: as tasks of `srun`."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Mapping
 
 from megatron_xielu.errors import UserError
 
@@ -81,19 +79,3 @@ def tasks_of_node(counts: str, node: int) -> int:
         f"SLURM_STEP_TASKS_PER_NODE={counts} has no node {node}: start pretrain by srun, without "
         "Slurm's variables of another step"
     )
-
-
-def is_node_of_torchrun() -> bool:
-    """Whether PET_*, which Kubeflow sets, describe a torchrun that nobody has started."""
-    return "RANK" not in os.environ and bool({"PET_NNODES", "PET_NPROC_PER_NODE"} & {*os.environ})
-
-
-def become_torchrun(words: Sequence[str]) -> NoReturn:
-    """Replace this process by torchrun, which reads PET_*, with the same command as its ranks."""
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", SIGNALS_TO_HANDLE)
-    # with c10d a replaced node joins again only so (torch 2.13)
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "-m", "megatron_xielu"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [*torchrun, *words])

@@ -5,33 +5,64 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from posixpath import normpath
 from textwrap import indent
+
+import yaml
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
-from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
+from megatron_xielu.launch.pet import REFUSED, STOPPED
+from megatron_xielu.recipes import preset_names
 
 _PORT = 29500
 # for what is not the save: ending torchrun and writing logs
 _MARGIN = 60
 _RESTARTS = 3
+# the image's, tested to be that of the Dockerfile
+ENTRYPOINT = ("tini", "-s", "--", "/opt/megatron_xielu/entrypoint.sh")
+# where a pod finds the file of its recipe
+_RECIPE = Path("/etc/megatron-xielu/recipe.yaml")
 
 # the last of a container and of its pod, in both manifests
 _STORAGE = """\
   volumeMounts:
   - name: shared
     mountPath: {mount}
-  # NCCL and data workers use it; a container has 64 MB by default
+{recipe_mount}  # NCCL and data workers use it; a container has 64 MB by default
   - name: shm
     mountPath: /dev/shm
 volumes:
 - name: shared
   persistentVolumeClaim:
     claimName: {claim}
-- name: shm
+{recipe_volume}- name: shm
   emptyDir:
     medium: Memory
+"""
+
+_RECIPE_MAP = """\
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: {name}
+data:
+  {file}: |2
+{text}
+---
+"""
+
+_RECIPE_MOUNT = f"""\
+  - name: recipe
+    mountPath: {_RECIPE.parent}
+"""
+
+_RECIPE_VOLUME = """\
+- name: recipe
+  configMap:
+    name: {name}
 """
 
 _IPC_LOCK = """\
@@ -50,7 +81,7 @@ dnsPolicy: ClusterFirstWithHostNet
 
 _JOB = """\
 # written by `megatron-xielu launch k8s`
-apiVersion: v1
+{recipe_map}apiVersion: v1
 kind: Service
 metadata:
   name: {name}
@@ -70,7 +101,7 @@ spec:
   completionMode: Indexed
   completions: {nodes}
   parallelism: {nodes}
-  # one lost pod ends the ranks of all: {restarts} times that
+  # failures of a pod, {restarts} for each; its torchrun has started the ranks again as often before
   backoffLimit: {backoff}
   podFailurePolicy:
     rules:
@@ -79,6 +110,18 @@ spec:
       onPodConditions:
       - type: DisruptionTarget
         status: "True"
+    # nor is one that was stopped and has saved, or has lost the others
+    - action: Ignore
+      onExitCodes:
+        containerName: pretrain
+        operator: In
+        values: [{stopped}]
+    # a mistake, which would only repeat
+    - action: FailJob
+      onExitCodes:
+        containerName: pretrain
+        operator: In
+        values: [{refused}]
   template:
     spec:
       subdomain: {name}
@@ -88,17 +131,13 @@ spec:
       containers:
       - name: pretrain
         image: {image}
-        command: {command}
+        args: {arguments}
         env:
-        # torchrun reads its options from these; `pretrain` becomes torchrun where they are set
+        # torchrun's options, of which `pretrain` makes the rest; a pod's number comes from the Job
         - name: PET_NNODES
           value: "{nodes}"
         - name: PET_NPROC_PER_NODE
           value: "{gpus}"
-        - name: PET_NODE_RANK
-          valueFrom:
-            fieldRef:
-              fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']
         - name: PET_MASTER_ADDR
           value: {name}-0.{name}
         - name: PET_MASTER_PORT
@@ -107,11 +146,11 @@ spec:
         resources:
           limits:
             nvidia.com/gpu: "{gpus}"
-{rdma}{capability}""" + indent(_STORAGE, 6 * " ")
+{rdma}{capability}{storage}"""
 
 _TRAIN_JOB = """\
 # written by `megatron-xielu launch k8s --trainjob`
-apiVersion: trainer.kubeflow.org/v1alpha1
+{recipe_map}apiVersion: trainer.kubeflow.org/v1alpha1
 kind: TrainJob
 metadata:
   name: {name}
@@ -121,7 +160,9 @@ spec:
     name: torch-distributed
   trainer:
     image: {image}
-    command: {command}
+    # of the image, because the runtime has a command of its own
+    command: {entrypoint}
+    args: {arguments}
     numNodes: {nodes}
     numProcPerNode: {gpus}
     resourcesPerNode:
@@ -144,7 +185,7 @@ spec:
                     terminationGracePeriodSeconds: {grace}
                     containers:
                     - name: node
-{capability}""" + indent(_STORAGE, 20 * " ")
+{capability}{storage}"""
 
 
 def render(
@@ -168,50 +209,72 @@ def render(
         UserError: the recipe, the volume or the network is wrong.
     """
     recipe = job.load()
+    is_file = job.recipe not in preset_names()
     if trainjob and host_network:
         raise UserError(
             "--host-network cannot be had with --trainjob, which may not patch it: leave one of "
             "them out, or set hostNetwork in a runtime of your own"
         )
-    claim, _, mount = volume.partition(":")
-    if not claim or not mount.startswith("/"):
-        raise UserError(f"--volume {volume} must be CLAIM:FOLDER, as in training:/data")
-    folder = Path(mount) / job.folder(recipe)
-    if not folder.is_relative_to(mount):
-        raise UserError(
-            f"--run-dir {folder} is not on the volume at {mount}, so it would be lost with its "
-            "pod: put it there"
-        )
+    claim, mount = _parse(volume)
+    folder = Path(normpath(mount / job.folder(recipe)))
+    _check_on_volume(f"--run-dir {folder}", folder, mount)
+    if recipe.data.path is not None:
+        _check_on_volume(f"data.path={recipe.data.path}", Path(recipe.data.path), mount)
     name = name_of(folder)
     timeout = f"ranks get {job.stop_seconds} s to save after a signal, not 30"
     variables = [
         *settings(recipe, job.megatron_flags, job.fabric),
         Setting("PET_SHUTDOWN_TIMEOUT", str(job.stop_seconds), timeout),
-        Setting(
-            "PET_SIGNALS_TO_HANDLE",
-            SIGNALS_TO_HANDLE,
-            "by default SIGUSR1 kills torchrun and leaves its ranks",
-        ),
     ]
+    storage = _STORAGE.format(
+        mount=json.dumps(str(mount)),
+        claim=json.dumps(claim),
+        recipe_mount=_RECIPE_MOUNT if is_file else "",
+        recipe_volume=_RECIPE_VOLUME.format(name=name) if is_file else "",
+    )
+    words = replace(job, recipe=str(_RECIPE) if is_file else job.recipe).arguments(folder)
     return (_TRAIN_JOB if trainjob else _JOB).format(
         name=name,
         nodes=job.nodes,
         gpus=job.gpus_per_node,
         restarts=_RESTARTS,
         backoff=_RESTARTS * job.nodes,
+        stopped=STOPPED,
+        refused=REFUSED,
         stop=job.stop_seconds,
         grace=job.stop_seconds + _MARGIN,
         # a string of JSON is one of YAML
         image=json.dumps(image),
-        command=json.dumps(["megatron-xielu", *job.arguments(folder)]),
+        entrypoint=json.dumps(ENTRYPOINT),
+        arguments=json.dumps(words),
+        recipe_map=_recipe_map(name, job.recipe) if is_file else "",
+        storage=indent(storage, (20 if trainjob else 6) * " "),
         port=_PORT,
-        mount=json.dumps(mount),
-        claim=json.dumps(claim),
         env=indent(_env(variables), (4 if trainjob else 8) * " "),
         rdma=indent(_limit(rdma), (8 if trainjob else 12) * " "),
         capability=indent(_IPC_LOCK if rdma else "", (22 if trainjob else 8) * " "),
         network=indent(_HOST_NETWORK if host_network else "", 6 * " "),
     )
+
+
+def _parse(volume: str) -> tuple[str, Path]:
+    claim, _, mount = volume.partition(":")
+    if not claim or not mount.startswith("/") or ":" in mount:
+        raise UserError(f"--volume {volume} must be CLAIM:FOLDER, as in training:/data")
+    return claim, Path(normpath(mount))
+
+
+def _check_on_volume(given: str, path: Path, mount: Path) -> None:
+    if not Path(normpath(path)).is_relative_to(mount):
+        raise UserError(
+            f"{given} is not on the volume at {mount}, the only folder that pods share and that "
+            f"outlives them: give its path there, as in {mount / path.name}"
+        )
+
+
+def _recipe_map(name: str, file: str) -> str:
+    text = indent(Path(file).read_text(encoding="utf-8").rstrip(), 4 * " ")
+    return _RECIPE_MAP.format(name=name, file=_RECIPE.name, text=text)
 
 
 def _limit(rdma: str | None) -> str:
@@ -234,16 +297,25 @@ def _env(variables: Sequence[Setting]) -> str:
 
 
 def submit(manifest: str) -> None:
-    """Hand it to kubectl.
+    """Hand it to kubectl, which touches nothing that is there.
 
     Raises:
         UserError: there is no kubectl here, or it refuses.
     """
+    # `apply` would leave a job that has ended as it is, and `replace` end one that runs
     try:
-        subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True, check=True)
+        subprocess.run(["kubectl", "create", "-f", "-"], input=manifest, text=True, check=True)
     except FileNotFoundError as error:
         raise UserError(
-            "kubectl is not here: keep the manifest and give it to `kubectl apply -f` elsewhere"
+            "kubectl is not here: keep the manifest and give it to `kubectl create -f` elsewhere"
         ) from error
     except subprocess.CalledProcessError as error:
-        raise UserError("kubectl refused the manifest; what it said stands above") from error
+        objects = " ".join(
+            f"{each['kind'].lower()}/{each['metadata']['name']}"
+            for each in yaml.safe_load_all(manifest)
+        )
+        raise UserError(
+            "kubectl refused the manifest; what it said stands above. Where a run of this name is "
+            "there already, `kubectl delete --cascade=foreground --ignore-not-found "
+            f"{objects}` removes it, or stops it if it still trains, which saves; then submit again"
+        ) from error

@@ -22,15 +22,18 @@ _RESTARTS = 3
 _JOIN_SECONDS = 600
 
 
-def split_endpoint(head: str) -> tuple[str, int]:
+def split_endpoint(head: str, option: str = "--head") -> tuple[str, int]:
     """Host and port of HOST or HOST:PORT.
+
+    Args:
+        option: how the user gave it.
 
     Raises:
         UserError: the port is no number.
     """
     host, sign, port = head.partition(":")
     if not host or (sign and not (port.isdecimal() and 0 < int(port) < 1 << 16)):
-        raise UserError(f"--head {head} must be HOST or HOST:PORT, as in node0:{PORT}")
+        raise UserError(f"{option} {head} must be HOST or HOST:PORT, as in node0:{PORT}")
     return host, int(port or PORT)
 
 
@@ -48,8 +51,11 @@ def meeting_point(job: Job, head: str | None) -> tuple[str, int]:
     return split_endpoint(head)
 
 
-def own_address(host: str, port: int) -> tuple[str, bool]:
+def own_address(host: str, port: int, option: str = "--head") -> tuple[str, bool]:
     """This machine's address on the way to a host, and whether it is that host.
+
+    Args:
+        option: how the user gave the host.
 
     Raises:
         UserError: there is no way to it, or the name stands for every machine itself.
@@ -62,12 +68,12 @@ def own_address(host: str, port: int) -> tuple[str, bool]:
             address = probe.getsockname()[0]
     except OSError as error:
         raise UserError(
-            f"--head {host} cannot be reached from here: {error.strerror}. Give the name or "
+            f"{option} {host} cannot be reached from here: {error.strerror}. Give the name or "
             "address of the first node as the others see it."
         ) from error
     if ipaddress.ip_address(target[0]).is_loopback:
         raise UserError(
-            f"--head {host} is {target[0]} here, which every node takes for itself, so that they "
+            f"{option} {host} is {target[0]} here, which every node takes for itself, so that they "
             "would wait for each other for good: give the address by which the others see that "
             "node (/etc/hosts may map its own name to 127.x)"
         )
@@ -85,6 +91,23 @@ def interface_of(address: str) -> str:
         f"no network interface has this machine's address {address}: set GLOO_SOCKET_IFNAME to the "
         "one by which the nodes see each other"
     )
+
+
+def meeting(host: str, port: int, run: str, *, address: str, is_head: bool) -> dict[str, str]:
+    """torchrun's options by which a node meets the others, and meets them again.
+
+    Args:
+        run: a name that all nodes of the run give.
+        address: this node's own.
+        is_head: the others meet at this node.
+    """
+    return {
+        "rdzv-backend": "c10d",
+        "rdzv-endpoint": f"{host}:{port}",
+        "rdzv-id": run,
+        "rdzv-conf": f"is_host={int(is_head)},join_timeout={_JOIN_SECONDS}",
+        "local-addr": address,
+    }
 
 
 def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
@@ -107,10 +130,8 @@ def torchrun(job: Job, head: str | None) -> tuple[list[Setting], list[str]]:
     else:
         host, port = meeting_point(job, head)
         address, is_head = own_address(host, port)
-        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
-        meeting = f"is_host={int(is_head)},join_timeout={_JOIN_SECONDS}"
-        words += ["--rdzv-id", name_of(folder), "--rdzv-conf", meeting]
-        words += ["--local-addr", address]
+        options = meeting(host, port, name_of(folder), address=address, is_head=is_head)
+        words += [word for name, value in options.items() for word in (f"--{name}", value)]
         if "GLOO_SOCKET_IFNAME" not in os.environ:
             reason = "otherwise gloo uses the address of this host's name, which may be 127.x"
             variables.append(Setting("GLOO_SOCKET_IFNAME", interface_of(address), reason))

@@ -117,6 +117,8 @@ class Observer:
         self.preemption = preemption
         self.trained = False
         """Whether training has begun."""
+        self.step = 0
+        """The last step that was taken or left out."""
         self.evaluate_first = evaluate_first
         self.has_alphas = has_alphas
         self.watch = watch
@@ -152,7 +154,7 @@ class Observer:
             self.model = model
             self._valid_data = valid_data
             run = get_args()
-            self._last_step = run.iteration
+            self.step = self._last_step = run.iteration
             if is_reporting_rank():
                 self.listener.begin(
                     start_step=run.iteration,
@@ -186,6 +188,7 @@ class Observer:
                 loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory,
                 skipped, grad_norm, *args, **kwargs,
             )  # fmt: skip
+            self.step = iteration
             if not skipped:
                 self._grad_norm = grad_norm
                 if LOSS in loss_dict:

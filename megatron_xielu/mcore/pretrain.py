@@ -63,7 +63,7 @@ def pretrain(
     watch: WatchSettings | None = None,
     watch_record: Path | None = None,
     joined: Callable[[], None] | None = None,
-) -> None:
+) -> bool:
     """Run Megatron's pretraining on this rank; RANK, WORLD_SIZE and so on are in the environment.
 
     Args:
@@ -82,7 +82,9 @@ def pretrain(
         watch_record: where `watch` keeps the layers that it took out of FP8.
         joined: called on every rank when all of them have communicated and the model is built.
 
-    Returns after a stop as well, with a checkpoint saved if training had begun.
+    Returns:
+        Whether a signal has stopped it before the last step, with a checkpoint saved if training
+        had begun; the same on all ranks.
 
     Raises:
         UserError: the installed Megatron-Core is not one this was written against, an argument is
@@ -168,6 +170,7 @@ def pretrain(
             seconds=preemption.seconds_since_signal(),
             bound=preemption.bound(),
         )
+    return preemption.agreed and observer.step < args.train_iters
 
 
 def _call(joined: Callable[[], None], chunks: list[Any]) -> list[Any]:

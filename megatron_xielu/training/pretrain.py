@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 
 from megatron_xielu.analysis.planner import format_plan, plan
 from megatron_xielu.errors import SharedUserError, UnhealthyRun, UserError
-from megatron_xielu.launch import network
+from megatron_xielu.launch import network, pet
 from megatron_xielu.launch.job import wants_one_connection
 from megatron_xielu.launch.preflight import await_meeting, check_disk, check_machine
 from megatron_xielu.recipes import Recipe, fp8_format, load_recipe, to_yaml
@@ -111,7 +111,7 @@ def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoRetur
     log = launch.log_path(job.run_dir / run_dir.LOGS, launch.rank())
     with launch.logged_to(log) as terminal:
         try:
-            _train(job, terminal, signals)
+            stopped = _train(job, terminal, signals)
         # torch's CheckpointException is no Exception
         except BaseException as error:
             # the log may be on the disk that is full
@@ -126,7 +126,7 @@ def _run_rank(request: Request, recipe: Recipe, signals: StopSignals) -> NoRetur
             _exit(2 if isinstance(error, UserError) else 1)
     # a data loader's workers inherit the handler that makes a signal a request, so that Python
     # would wait for them for good; they end by themselves once this process is gone
-    _exit(0)
+    _exit(pet.stopped_code() if stopped else 0)
 
 
 def _job_of_rank(request: Request, recipe: Recipe) -> Job:
@@ -164,7 +164,8 @@ def _claim(job: Job) -> int:
     )
 
 
-def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
+def _train(job: Job, terminal: TextIO, signals: StopSignals) -> bool:
+    """Whether a signal has stopped it."""
     # held as long as the ranks use its store
     meeting = compare_ranks(job, terminal)
     joined = None
@@ -187,7 +188,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
         if job.machine.device == "cuda":
             print(announce.libraries(job), file=terminal, flush=True)
     with Listener(job, terminal) as listener:
-        megatron_pretrain(
+        stopped = megatron_pretrain(
             job.argv(),
             _placeholder(job.recipe),
             listener,
@@ -204,6 +205,7 @@ def _train(job: Job, terminal: TextIO, signals: StopSignals) -> None:
         )
         listener.check_saved()
     torch.distributed.destroy_process_group()
+    return stopped
 
 
 def _watch(recipe: Recipe) -> Any:

@@ -1,4 +1,4 @@
-"""`pretrain` as tasks of `srun` and as a node that Kubeflow describes, by real processes."""
+"""`pretrain` as tasks of `srun`, by real processes."""
 
 from __future__ import annotations
 
@@ -66,21 +66,6 @@ def test_two_tasks_of_srun(data_dir: Path, tmp_path: Path) -> None:
     ended = run_together(command(tmp_path / "run", data_dir, TWO_RANKS), tasks)
     assert [code for code, _ in ended] == [0, 0], ended
     check_trained(tmp_path / "run")
-
-
-def test_two_nodes_of_kubeflow(data_dir: Path, tmp_path: Path) -> None:
-    pet = {"PET_NNODES": 2, "PET_NPROC_PER_NODE": 1, "PET_MASTER_ADDR": "127.0.0.1"}
-    nodes = [environment(**pet, PET_MASTER_PORT=29517, PET_NODE_RANK=rank) for rank in range(2)]
-    ended = run_together(command(tmp_path / "run", data_dir, TWO_RANKS), nodes)
-    assert [code for code, _ in ended] == [0, 0], ended
-    check_trained(tmp_path / "run")
-
-
-def test_a_dry_run_of_a_node_starts_nothing(data_dir: Path, tmp_path: Path) -> None:
-    words = [*command(tmp_path / "run", data_dir), "--dry-run"]
-    ((code, output),) = run_together(words, [environment(PET_NNODES=2, PET_NODE_RANK=1)])
-    assert code == 0, output
-    assert "Megatron arguments" in output
 
 
 def test_the_variables_of_a_task() -> None:

@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_xielu.launch import kubernetes
+from megatron_xielu.launch.job import Job
+from megatron_xielu.launch.pet import STOPPED
 from tests.conftest import SMALL
 from tests.launch.test_launch import LONG, SAVE_INTERVAL, TWO_RANKS, check_whole, restarts
 from tests.ranks import ROOT, environment
@@ -67,16 +71,20 @@ class Hosts:
         """End of `cut`."""
         _ip(f"-n {host} link set eth0 up")
 
-    def start(self, *hosts: str) -> None:
-        """Give a user's command on these hosts, or on all of them."""
+    def command(self, host: str) -> tuple[list[str], dict[str, str]]:
+        """What a host's user gives, and its variables."""
         words = [str(ROOT / "examples/multinode_torchrun.sh"), "tiny"]
         words += ["--run-dir", str(self.run_dir), *SMALL, TWO_RANKS, *LONG]
         words += [f"training.train_iters={STEPS}", f"data.path={self.data}"]
         words += ["--", *self.flags] if self.flags else []
-        variables = environment(
+        return words, environment(
             HEAD="10.77.0.1", NODES=len(self.names), GPUS=1, PYTHON=sys.executable
         )
+
+    def start(self, *hosts: str) -> None:
+        """Give the command on these hosts, or on all of them."""
         for host in hosts or self.names:
+            words, variables = self.command(host)
             with self.output(host).open("ab") as out:
                 self.started[host] = subprocess.Popen(
                     ["ip", "netns", "exec", host, *words], env=variables, stdout=out, stderr=out
@@ -127,12 +135,55 @@ class Hosts:
     def said(self) -> str:
         return "\n".join(self.output(host).read_text()[-3000:] for host in self.names)
 
-    def end(self) -> None:
-        """Every host has ended well, and all steps were trained."""
+    def end(self, most_repeated: int = SAVE_INTERVAL) -> None:
+        """Every host has ended well, and all steps were trained.
+
+        Args:
+            most_repeated: steps that were trained again.
+        """
         for process in self.started.values():
             assert process.wait(timeout=DEADLINE) == 0, self.said()
-        # as many again where the lost one was about to save
-        check_whole(self.run_dir, most_repeated=SAVE_INTERVAL, num_steps=STEPS)
+        check_whole(self.run_dir, most_repeated=most_repeated, num_steps=STEPS)
+
+
+class Pods(Hosts):
+    """Hosts that do what the manifest of an Indexed Job says, each as the pod of its number."""
+
+    def connect(self) -> None:
+        super().connect()
+        # what the cluster's name server and a kubelet would know
+        for host in self.names:
+            folder = Path("/etc/netns", host)
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 run-0.run\n")
+
+    def remove(self) -> None:
+        super().remove()
+        for host in self.names:
+            shutil.rmtree(Path("/etc/netns", host), ignore_errors=True)
+
+    def command(self, host: str) -> tuple[list[str], dict[str, str]]:
+        changes = (*SMALL, TWO_RANKS, *LONG, f"training.train_iters={STEPS}")
+        job = Job(
+            recipe="tiny",
+            overrides=(*changes, f"data.path={self.data}"),
+            nodes=len(self.names),
+            run_dir=self.run_dir,
+        )
+        volume = os.path.commonpath([self.run_dir, self.data])
+        manifest = kubernetes.render(job, image="image", volume=f"claim:{volume}")
+        _, found = yaml.safe_load_all(manifest)
+        (container,) = found["spec"]["template"]["spec"]["containers"]
+        variables = {each["name"]: each["value"] for each in container["env"]}
+        # by the Job's controller
+        variables["JOB_COMPLETION_INDEX"] = str(self.names.index(host))
+        words = [sys.executable, "-m", "megatron_xielu", *container["args"]]
+        return words, environment(**variables)
+
+    def evict(self, host: str) -> None:
+        """As a node that is drained does."""
+        self.started[host].send_signal(signal.SIGTERM)
+        assert self.started.pop(host).wait(timeout=120) == STOPPED, self.said()
 
 
 def _ip(words: str) -> None:
@@ -141,17 +192,31 @@ def _ip(words: str) -> None:
 
 @pytest.fixture
 def hosts(request: pytest.FixtureRequest, tmp_path: Path, data_dir: Path) -> Iterator[Hosts]:
-    """As many as the parameter says; nothing of them is left."""
+    """As many as the parameter says."""
+    hosts = Hosts(request.param, tmp_path, data_dir)
+    with connected(hosts):
+        yield hosts
+
+
+@pytest.fixture
+def pods(tmp_path: Path, data_dir: Path) -> Iterator[Pods]:
+    pods = Pods(2, tmp_path, data_dir)
+    with connected(pods):
+        yield pods
+
+
+@contextmanager
+def connected(hosts: Hosts) -> Iterator[None]:
+    """Nothing of them is left."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("needs root and iproute2")
-    hosts = Hosts(request.param, tmp_path, data_dir)
     try:
         for words in (f"netns add {hosts.switch}", f"-n {hosts.switch} link add br0 type bridge"):
             probe = subprocess.run(["ip", *words.split()], capture_output=True, text=True)
             if probe.returncode:
                 pytest.skip(f"this root may make no network of its own: {probe.stderr.strip()}")
         hosts.connect()
-        yield hosts
+        yield
     finally:
         hosts.remove()
 
@@ -256,3 +321,50 @@ def cut(hosts: Hosts) -> float:
     hosts.mend(hosts.names[-1])
     hosts.wait_for_step(max([step, *hosts.steps()]) + 5)
     return time.monotonic() - begin
+
+
+def test_a_pod_is_killed_and_replaced(pods: Pods) -> None:
+    pods.start()
+    pods.wait_for_step(15)
+    lost = pods.names[1]
+    pods.kill(lost)
+    begin = time.monotonic()
+    pods.start(lost)
+    pods.wait_for_step(40)
+    print(f"at step 40 {time.monotonic() - begin:.1f} s after a pod lost at step 15 was replaced")
+    pods.end()
+
+
+def test_an_evicted_pod_has_saved_and_the_other_waits_for_its_replacement(pods: Pods) -> None:
+    pods.start()
+    pods.wait_for_step(15)
+    evicted = pods.names[1]
+    begin = time.monotonic()
+    pods.evict(evicted)
+    print(f"saved and over {time.monotonic() - begin:.1f} s after the eviction at step 15")
+    begin = time.monotonic()
+    pods.start(evicted)
+    pods.wait_for_step(40)
+    print(f"at step 40 {time.monotonic() - begin:.1f} s after it was replaced")
+    pods.end(most_repeated=0)
+
+
+@pytest.mark.parametrize("lose", [Pods.kill, Pods.evict])
+def test_the_first_pod_is_lost_and_all_are_started_again(
+    pods: Pods, lose: Callable[[Pods, str], None]
+) -> None:
+    pods.start()
+    pods.wait_for_step(15)
+    first, other = pods.names
+    begin = time.monotonic()
+    lose(pods, first)
+    assert pods.started[other].wait(timeout=120) == STOPPED, pods.said()
+    print(f"the other had ended {time.monotonic() - begin:.1f} s after the loss at step 15")
+    said = pods.output(other).read_text()
+    assert "error: no answer from the first node" in said
+    assert "Traceback" not in said
+    begin = time.monotonic()
+    pods.start()
+    pods.wait_for_step(40)
+    print(f"at step 40 {time.monotonic() - begin:.1f} s after both were started again")
+    pods.end(most_repeated=0 if lose is Pods.evict else SAVE_INTERVAL)
