@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -42,16 +43,13 @@ class StopSignals:
 def kept_from_children() -> Iterator[None]:
     """Block the stop signals around the start of a process, which inherits that for good.
 
-    srun and a terminal send them to every process of a rank, and one without a handler would die.
+    Slurm and a terminal send them to every process of a rank, and one without a handler would die.
     """
     kept = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        # Python's own comes with the first other, and its start unblocks SIGINT and SIGTERM
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, kept)
-
-
-def ignore() -> None:
-    """Let no stop signal end this process; its parent decides when it ends."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
