@@ -11,6 +11,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,8 @@ from tests.training.test_pretrain import latest, metrics, run
 
 
 def test_the_batch_script_is_sound() -> None:
-    script = slurm.render(PAPER, time="1-00:00:00", image="repo#image:1")
+    given: dict[str, Any] = {"options": ["partition=gpu"], "setup": ["module load cuda"]}
+    script = slurm.render(PAPER, time="1-00:00:00", image="repo#image:1", **given)
     # Slurm's notice comes before the ranks' time to save, by its own margin
     assert "#SBATCH --signal=B:USR1@360" in script
     # what is given as a relative path is found
