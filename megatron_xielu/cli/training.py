@@ -108,6 +108,20 @@ def _add_launch(commands: Any) -> None:
         elif target == "slurm":
             command.add_argument("--time", default="24:00:00", help="of one job of the chain")
             command.add_argument("--image", help="a container, by pyxis")
+            command.add_argument(
+                "--sbatch",
+                action="append",
+                default=[],
+                metavar="NAME[=VALUE]",
+                help="an option of sbatch's, as in partition=gpu; may be given again",
+            )
+            command.add_argument(
+                "--setup",
+                action="append",
+                default=[],
+                metavar="FILE|LINE",
+                help="shell before the ranks, as in 'module load cuda'; may be given again",
+            )
         elif target == "k8s":
             command.add_argument(
                 "--volume",
@@ -184,7 +198,9 @@ def _launch(args: argparse.Namespace) -> None:
         if args.submit:
             docker.submit(command)
     elif args.target == "slurm":
-        script = slurm.render(job, time=args.time, image=args.image)
+        script = slurm.render(
+            job, time=args.time, image=args.image, options=args.sbatch, setup=args.setup
+        )
         print(script, end="", flush=True)
         if args.submit:
             slurm.submit(script)

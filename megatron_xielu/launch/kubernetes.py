@@ -14,8 +14,9 @@ import yaml
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
-from megatron_xielu.launch.pet import REFUSED, STOPPED
+from megatron_xielu.launch.pet import STOPPED
 from megatron_xielu.recipes import preset_names
+from megatron_xielu.training.launch import REFUSED
 
 _PORT = 29500
 # for what is not the save: ending torchrun and writing logs

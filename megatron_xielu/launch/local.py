@@ -51,6 +51,19 @@ def meeting_point(job: Job, head: str | None) -> tuple[str, int]:
     return split_endpoint(head)
 
 
+def way_to(host: str, port: int) -> tuple[str, str]:
+    """This machine's address on the way to a host, and the host's.
+
+    Raises:
+        OSError: there is no way to it.
+    """
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        # of UDP: chooses a way and sends nothing
+        probe.connect(target)
+        return str(probe.getsockname()[0]), str(target[0])
+
+
 def own_address(host: str, port: int, option: str = "--head") -> tuple[str, bool]:
     """This machine's address on the way to a host, and whether it is that host.
 
@@ -61,23 +74,19 @@ def own_address(host: str, port: int, option: str = "--head") -> tuple[str, bool
         UserError: there is no way to it, or the name stands for every machine itself.
     """
     try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            # of UDP: chooses a way and sends nothing
-            probe.connect(target)
-            address = probe.getsockname()[0]
+        address, target = way_to(host, port)
     except OSError as error:
         raise UserError(
             f"{option} {host} cannot be reached from here: {error.strerror}. Give the name or "
             "address of the first node as the others see it."
         ) from error
-    if ipaddress.ip_address(target[0]).is_loopback:
+    if ipaddress.ip_address(target).is_loopback:
         raise UserError(
-            f"{option} {host} is {target[0]} here, which every node takes for itself, so that they "
+            f"{option} {host} is {target} here, which every node takes for itself, so that they "
             "would wait for each other for good: give the address by which the others see that "
             "node (/etc/hosts may map its own name to 127.x)"
         )
-    return address, address == target[0]
+    return address, address == target
 
 
 def interface_of(address: str) -> str:

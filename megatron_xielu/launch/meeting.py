@@ -51,6 +51,8 @@ class Meeting:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.rank = rank
+        self.elsewhere: str | None = None
+        """An address of another machine than rank 0's, once a comparison has heard of one."""
         self._world_size = world_size
         self._seconds = seconds
         self._clock = clock
@@ -94,6 +96,7 @@ class Meeting:
             store.set(f"clock/{self.rank}", repr(self._clock()))
             verdict = json.loads(store.get("verdict"))
             store.set(f"heard/{self.rank}", "")
+        self.elsewhere = verdict.get("elsewhere", self.elsewhere)
         match verdict:
             case {"refused": str(text)}:
                 raise SharedUserError(text)
@@ -128,7 +131,8 @@ class Meeting:
                 f"{clocks}: nothing here waits for a clock, but the times in their logs do not "
                 "fit together (`chronyc tracking` shows how a node's clock stands)"
             )
-        return {}, harmless
+        addresses = [record.address for record in records if record.address is not None]
+        return {"elsewhere": addresses[0]} if addresses else {}, harmless
 
     def _clocks(self, store: PrefixStore) -> list[tuple[float, float]]:
         """How far each rank's clock is ahead of this one's, between two bounds.

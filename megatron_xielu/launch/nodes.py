@@ -42,6 +42,8 @@ class Record:
     facts: Facts = field(default_factory=dict)
     problem: str | None = None
     """Why this rank cannot start, whatever the others say."""
+    address: str | None = None
+    """Of its machine, as rank 0's sees it; None where MASTER_ADDR is 127.x, as it may be there."""
 
 
 def facts(

@@ -20,8 +20,6 @@ STOPPED = 75
 
 Kubernetes would not start a pod again that ended with 0, and the others would wait for it.
 """
-REFUSED = 2
-"""The exit code of what cannot be done as it was asked for."""
 _RESTARTS = 3
 _PORT = 29500
 # the first node may be pulling its image, or be started again
@@ -128,14 +126,17 @@ def _run(words: Sequence[str]) -> NoReturn:
     )
     from torch.distributed.run import main
 
+    from megatron_xielu.launch.agent import recorded
+
     try:
-        main(words)
+        with recorded():
+            main(words)
     except SignalException:
         # the ranks have said what became of them
         sys.exit(STOPPED)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        sys.exit(next((code for code in (REFUSED, STOPPED) if code in codes), 1))
+        sys.exit(next((code for code in (launch.REFUSED, STOPPED) if code in codes), 1))
     except RendezvousConnectionError as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
         _end_parted(f"no answer from the first node: {cause}")

@@ -87,6 +87,13 @@ def make_job(
     world_size = request.nproc or (machine.num_gpus if starting else 0) or pieces
     if launch.is_rank():
         world_size = launch.world_size()
+        if starting and 0 < machine.num_gpus <= launch.local_rank():
+            raise UserError(
+                f"no GPU is left for this rank: {launch.local_world_size()} ranks were started on "
+                f"its machine, and it sees {machine.num_gpus} of the GPUs. Start one for each GPU "
+                "(torchrun --nproc-per-node), and let each of them see all of its machine's (srun "
+                "--gpus-per-node, without --gpus-per-task and --gpu-bind)"
+            )
     elif starting and 0 < machine.num_gpus < max(world_size, pieces):
         raise UserError(
             f"the run needs {max(world_size, pieces)} GPUs (tensor x pipeline parallelism is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TextIO
 
 from megatron_xielu.errors import UnhealthyRun, UserError
 from megatron_xielu.launch import network, nodes
+from megatron_xielu.launch.local import interface_of, way_to
 from megatron_xielu.launch.meeting import Meeting
 from megatron_xielu.launch.preflight import gpu_is_busy
 from megatron_xielu.training import launch
@@ -51,9 +53,35 @@ def compare_ranks(job: Job, terminal: TextIO) -> Meeting | None:
         ),
     )
     meeting = Meeting(launch.rank(), job.world_size)
-    for text in meeting.compare(nodes.Record(socket.gethostname(), facts, problem), "start"):
+    # on one machine gloo's own choice is right
+    address = _own_address() if launch.local_world_size() < job.world_size else None
+    record = nodes.Record(socket.gethostname(), facts, problem, address)
+    for text in meeting.compare(record, "start"):
         print(f"warning: {text}", file=terminal, flush=True)
+    _choose_interface(address, meeting.elsewhere)
     return meeting
+
+
+def _own_address() -> str | None:
+    """This machine's on the way to rank 0's; None where that is 127.x."""
+    try:
+        address, _ = way_to(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
+
+
+def _choose_interface(address: str | None, elsewhere: str | None) -> None:
+    """Let gloo take the network that the machines see each other by.
+
+    By itself it takes the address of the host's name, which Debian's /etc/hosts makes 127.0.1.1.
+    """
+    # where neither is found, gloo's own choice has to do
+    with contextlib.suppress(OSError, UserError):
+        if address is None and elsewhere is not None:
+            address, _ = way_to(elsewhere, int(os.environ["MASTER_PORT"]))
+        if address is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface_of(address)
 
 
 def _busy(gpu: int) -> str | None:

@@ -41,7 +41,11 @@ SlurmdTimeout=30
 KillWait=30
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} State=UNKNOWN
-PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=30:00 State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=DEFAULT Nodes=n[1-2] MaxTime=30:00 State=UP OverSubscribe=NO
+PartitionName=debug Default=YES GraceTime=60
+PartitionName=urgent PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -128,7 +132,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def cluster_states(cluster: Cluster) -> list[str]:
     """Of each node: idle, alloc, down; empty while the controller does not answer."""
-    words = ["sinfo", "--noheader", "--Node", "--format=%t"]
+    words = ["sinfo", "--noheader", "--Node", "--partition=debug", "--format=%t"]
     done = subprocess.run(words, env=cluster.environment, capture_output=True, text=True)
     return done.stdout.split()
 

@@ -15,7 +15,8 @@ import yaml
 from megatron_xielu.errors import UserError
 from megatron_xielu.launch import kubernetes
 from megatron_xielu.launch.job import Job
-from megatron_xielu.launch.pet import REFUSED, STOPPED
+from megatron_xielu.launch.pet import STOPPED
+from megatron_xielu.training.launch import REFUSED
 from tests.ranks import ROOT
 
 PRESET = ROOT / "megatron_xielu/recipes/presets/llama-3b-xielu.yaml"

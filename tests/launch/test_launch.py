@@ -1,4 +1,4 @@
-"""`launch`: what it renders is valid, and runs: by torchrun, and by a real Slurm."""
+"""`launch`: what it renders is valid, and runs by torchrun."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from megatron_xielu.launch import docker, kubernetes, local, slurm
 from megatron_xielu.launch.job import Job, name_of, wants_one_connection
 from megatron_xielu.recipes import load_recipe
 from tests.conftest import SMALL
-from tests.launch.conftest import Cluster, arguments_of, cluster_states
 from tests.ranks import ROOT, environment
 from tests.training.test_pretrain import latest, metrics, ranks_of, run, stop_after
 
@@ -176,45 +175,12 @@ def test_the_name_is_that_of_the_run_folder() -> None:
         name_of(Path("runs/___"))
 
 
-def test_the_batch_script_is_sound() -> None:
-    script = slurm.render(PAPER, time="1-00:00:00", image="repo#image:1")
-    # Slurm's notice comes before the ranks' time to save, by its own margin
-    assert "#SBATCH --signal=B:USR1@360" in script
-    check_shell(script)
-
-
 def check_shell(script: str) -> None:
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     found = subprocess.run([shellcheck, "-"], input=script, text=True, capture_output=True)
     assert found.returncode == 0, found.stdout
-
-
-def test_pyxis_gets_the_words_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "it's $HOME `id`"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    script = slurm.render(PAPER, time="1:00:00", image="me@repo#image:1")
-    words = arguments_of("srun", script, tmp_path / "bin")
-    options = {
-        name: value
-        for name, _, value in (word.partition("=") for word in words)
-        if name.startswith("--container-")
-    }
-    assert options == {
-        "--container-image": "me@repo#image:1",
-        "--container-mounts": f"/data/x y:/data/x y:ro,{folder}:{folder}",
-        "--container-workdir": str(folder),
-        # an image's value wins over the script's otherwise
-        "--container-env": "CUDA_DEVICE_MAX_CONNECTIONS",
-    }
-    command = words[words.index("megatron-xielu") :]
-    run_dir = str(folder / "runs/llama-3b-xielu")
-    assert command[1:] == [
-        *("pretrain", "--recipe", "llama-3b-xielu"),
-        *("--run-dir", run_dir, "data.path=/data/x y"),
-    ]
 
 
 def test_what_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,26 +191,6 @@ def test_what_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         kubernetes.submit("")
     with pytest.raises(UserError, match="docker is not here: keep the script"):
         docker.submit("")
-
-
-def submitted(slurm: Cluster, folder: Path, data: Path) -> str:
-    """The job's number, of a run on two nodes of one rank."""
-    options = ["--nodes", "2", "--gpus-per-node", "1", "--time", "20"]
-    script = run(launch("slurm", folder, data, *LONG, *options)).stdout
-    # these nodes have no GPUs to ask for
-    script = script.replace("#SBATCH --gpus-per-node=1\n", "")
-    script = script.replace("%x-%j.out", f"{folder.parent}/%j.out")
-    found = re.search(r"\d+", slurm.run("sbatch", text=script))
-    assert found
-    return found.group()
-
-
-def wait_for_step(slurm: Cluster, job: str, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not any(r["type"] == "train" and r["step"] >= step for r in metrics(folder)):
-        said = slurm.wait(job, "PENDING", "RUNNING")
-        assert time.monotonic() < deadline, said
-        time.sleep(0.2)
 
 
 def check_whole(folder: Path, most_repeated: int, num_steps: int = STEPS) -> None:
@@ -266,69 +212,3 @@ def restarts(folder: Path) -> list[tuple[int, int]]:
     note = r"dropped (\d+) records of an earlier attempt at the steps after (\d+)"
     printed = "".join(path.read_text() for path in sorted(folder.parent.glob("*.out")))
     return [(int(repeated), int(saved)) for repeated, saved in re.findall(note, printed)]
-
-
-@pytest.mark.slow
-def test_a_job_whose_time_is_over_is_saved_and_its_next_one_goes_on(
-    slurm: Cluster, data_dir: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    job = submitted(slurm, folder, data_dir)
-    wait_for_step(slurm, job, folder, 12)
-    # as --signal=B:USR1 does, whose clock has minutes
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    begin = time.monotonic()
-    slurm.wait(job, "COMPLETED")
-    print(f"saved and over {time.monotonic() - begin:.1f} s after the notice")
-    following = str(int(job) + 1)
-    slurm.wait(following, "COMPLETED")
-    print(f"the next job had finished {time.monotonic() - begin:.1f} s after it")
-    assert "its next job goes on" in (tmp_path / f"{job}.out").read_text()
-    check_whole(folder, most_repeated=0)
-
-
-@pytest.mark.slow
-def test_a_lost_node_requeues_the_job_which_goes_on(
-    slurm: Cluster, data_dir: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    job = submitted(slurm, folder, data_dir)
-    wait_for_step(slurm, job, folder, 15)
-    begin = time.monotonic()
-    kill_node(slurm, "n2")
-    slurm.wait(job, "PENDING")
-    print(f"requeued {time.monotonic() - begin:.1f} s after the kill")
-    slurm.start("n2")
-    slurm.wait(job, "RUNNING")
-    print(f"started again {time.monotonic() - begin:.1f} s after the kill")
-    said = slurm.wait(job, "COMPLETED")
-    print(f"over {time.monotonic() - begin:.1f} s after the kill")
-    assert int(said["Restarts"]) == 1
-    check_whole(folder, most_repeated=SAVE_INTERVAL)
-
-
-def kill_node(slurm: Cluster, name: str) -> None:
-    """Its daemon and all that it started."""
-    daemon = slurm.daemons[name]
-    marks = {f"SLURMD_NODENAME={name}", f"SLURM_CONF={slurm.folder}/slurm.conf"}
-    victims = [daemon.pid]
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = set((folder / "environ").read_bytes().decode().split("\0"))
-        except (OSError, UnicodeDecodeError):
-            continue
-        if marks <= variables:
-            victims.append(int(folder.name))
-    assert len(victims) > 1
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    daemon.wait()
-
-
-@pytest.mark.slow
-def test_a_mistake_is_not_requeued(slurm: Cluster, data_dir: Path, tmp_path: Path) -> None:
-    job = submitted(slurm, tmp_path / "run", tmp_path / "no-data")
-    said = slurm.wait(job, "FAILED")
-    assert said["ExitCode"] == "2:0", (tmp_path / f"{job}.out").read_text()
-    assert said["Restarts"] == "0"
-    assert cluster_states(slurm) == ["idle", "idle"]

@@ -19,9 +19,10 @@ from megatron_xielu.launch import kubernetes
 from megatron_xielu.launch.job import Job
 from megatron_xielu.launch.pet import STOPPED
 from tests.conftest import SMALL
+from tests.launch.test_join import TASK
 from tests.launch.test_launch import LONG, SAVE_INTERVAL, TWO_RANKS, check_whole, restarts
 from tests.ranks import ROOT, environment
-from tests.training.test_pretrain import latest, metrics
+from tests.training.test_pretrain import command, latest, metrics
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 # fewer than LONG's
@@ -219,6 +220,44 @@ def connected(hosts: Hosts) -> Iterator[None]:
         yield
     finally:
         hosts.remove()
+
+
+@pytest.fixture
+def named(hosts: Hosts) -> Iterator[Hosts]:
+    """Two hosts whose own names are 127.0.1.1 to themselves, as Debian installs them."""
+    folders = []
+    try:
+        for number, host in enumerate(hosts.names):
+            folders.append(Path("/etc/netns", host))
+            folders[-1].mkdir(parents=True)
+            other = f"10.77.0.{2 - number} {hosts.names[1 - number]}"
+            text = f"127.0.0.1 localhost\n127.0.1.1 {host}\n{other}\n"
+            (folders[-1] / "hosts").write_text(text)
+        yield hosts
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_hosts_whose_own_names_are_127(named: Hosts) -> None:
+    task = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    task |= {"SLURM_STEP_NODELIST": ",".join(named.names)}
+    # a host's name is not its network's
+    named_so = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']
+    words = command(named.run_dir, named.data, TWO_RANKS)
+    for number, host in enumerate(named.names):
+        one = task | {"SLURM_PROCID": str(number), "SLURM_NODEID": str(number)}
+        with named.output(host).open("ab") as out:
+            named.started[host] = subprocess.Popen(
+                ["ip", "netns", "exec", host, *named_so, host, *words],
+                env=environment(**one),
+                stdout=out,
+                stderr=out,
+            )
+    for process in named.started.values():
+        assert process.wait(timeout=DEADLINE) == 0, named.said()
+    assert named.steps() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("hosts", [2, 4], indirect=True)

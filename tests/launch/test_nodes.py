@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,8 @@ from megatron_xielu.errors import SharedUserError, UnhealthyRun
 from megatron_xielu.launch import meeting, nodes
 from megatron_xielu.launch.meeting import Meeting, clocks_apart
 from megatron_xielu.launch.nodes import Record
-from tests.launch.test_join import TASK, TWO_RANKS
+from megatron_xielu.training import meet as meet_module
+from tests.launch.test_join import TASK, TWO_RANKS, run_together
 from tests.ranks import environment
 from tests.training.test_pretrain import command
 
@@ -231,6 +234,44 @@ def test_another_recipe_and_another_version_on_one_machine(data_dir: Path, tmp_p
         f"megatron-core: {here} (rank 1) has 0.19.9; the others have ",
         "Give all nodes the same recipe and overrides; install the same versions on all nodes",
     )
+
+
+# rank 1 sees one GPU, as with --gpus-per-task=1; rank 0, which has no problem, a CPU
+ONE_GPU = """
+import os, sys
+from megatron_xielu.training.resolve import Machine
+if os.environ["LOCAL_RANK"] == "1":
+    Machine.detect = classmethod(lambda cls: cls("cuda", 1, False, False))
+from megatron_xielu.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_rank_without_a_gpu(data_dir: Path, tmp_path: Path) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
+    words = [sys.executable, "-c", ONE_GPU, *command(tmp_path / "run", data_dir, TWO_RANKS)[3:]]
+    ranks = [environment(**meeting, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+    text = "(rank 1): no GPU is left for this rank: 2 ranks were started on its machine, and it "
+    check_refused(
+        run_together(words, ranks), f"{text}sees 1 of the GPUs", "--gpus-per-node, without"
+    )
+
+
+def test_gloo_takes_the_way_to_the_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    meet_module._choose_interface("127.0.0.1", None)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
+    for own, elsewhere, chosen in (
+        ("127.0.0.1", None, "lo"),
+        (None, "127.0.0.1", "lo"),
+        (None, None, None),
+        # of no interface here
+        ("192.0.2.1", None, None),
+    ):
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        meet_module._choose_interface(own, elsewhere)
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
 
 
 def test_data_that_one_machine_lacks(data_dir: Path, tmp_path: Path) -> None:
