@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megatron_xielu.checkpoint.architecture import Architecture
 from megatron_xielu.checkpoint.hf_checks import check_room, check_tensors, check_tokenizer
-from megatron_xielu.checkpoint.hf_config import read_architecture
 from megatron_xielu.checkpoint.hf_model import HfFolder
 from megatron_xielu.checkpoint.mapping import Placement, table
 from megatron_xielu.checkpoint.release import about, common_state, extra_states, recipe_of
@@ -77,7 +76,7 @@ def convert_from_hf(
     if out_dir.exists():
         raise UserError(f"{out_dir} exists. Choose a new folder, or move that one away.")
     folder = HfFolder(hf_dir)
-    arch = read_architecture(folder.config, folder.target, hf_dir / "config.json")
+    arch = folder.arch
     placements = list(weights_of(arch))
     check_tensors(folder, placements, arch)
     check_tokenizer(hf_dir, arch)

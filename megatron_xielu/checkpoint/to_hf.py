@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_xielu.checkpoint.architecture import Architecture
-from megatron_xielu.checkpoint.hf_model import INDEX_FILE
+from megatron_xielu.checkpoint.hf_model import INDEX_FILE, SINGLE_FILE
 from megatron_xielu.checkpoint.mapping import (
     XIELU_CONSTANTS,
     Placement,
@@ -47,7 +47,6 @@ DType = Literal["auto", "fp32", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MANIFEST = "megatron_xielu_export.json"
 """Marks a folder as an export, which another export may replace."""
-SINGLE_FILE = "model.safetensors"
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -276,6 +276,99 @@ def test_files_that_are_missing_or_damaged(
     refuse(tmp_path / "nothing", out, "has no config.json", capsys)
 
 
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+
+
+@pytest.mark.parametrize("kind", ["single", "index"])
+def test_stale_files_beside_the_model_s_are_passed_over(
+    copy: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    folder = copy("llama")
+    original = tensors(folder)
+    if kind == "single":
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        save_file(original, folder / "model.safetensors")
+        (folder / INDEX).write_text("of an earlier save, not read")
+    # of a save in more or other files; both sort behind the model's own
+    for name in ("model-00099-of-00099.safetensors", "optimizer.safetensors"):
+        save_file({"model.norm.weight": torch.zeros(64), "left.over": torch.ones(3)}, folder / name)
+    convert_from_hf(folder, tmp_path / "run", check=True, progress=lambda line: None)
+    convert_to_hf(tmp_path / "run", tmp_path / "back", progress=lambda line: None)
+    back = tensors(tmp_path / "back")
+    assert back.keys() == original.keys()
+    assert all(same_bits(back[name], tensor) for name, tensor in original.items())
+
+
+def test_files_that_contradict_each_other(
+    copy: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = copy("llama"), tmp_path / "out"
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name, content = next(iter(load_file(first))), load_file(second)
+    index = folder / INDEX
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"model.extra": first.name}}))
+    refuse(folder, out, f"{first} lacks model.extra, which {INDEX} names for it: they are", capsys)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    save_file(content | {name: torch.zeros(1)}, second)
+    refuse(folder, out, f"{second} holds {name}, which no entry of {INDEX} names for it", capsys)
+    save_file(content, second)
+    index.unlink()
+    save_file({name: torch.zeros(1)}, folder / "zzz.safetensors")
+    refuse(folder, out, f"{first} and {folder / 'zzz.safetensors'} both hold {name}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (INDEX, '{"metadata": {', "index.json is no JSON (Expecting"),
+        (INDEX, "[]", "index.json holds list in place of names and values"),
+        (INDEX, "{}", "index.json has no weight_map from tensors to files beside it"),
+        (INDEX, '{"weight_map": {"a": 1}}', "has no weight_map from tensors to files beside it"),
+        (INDEX, '{"weight_map": {"a": "../b"}}', "has no weight_map from tensors to files beside"),
+        (CONFIG, "[1]", "config.json holds list in place of names and values"),
+        (CONFIG, {"model_type": ["llama"]}, "model_type is ['llama'] and must be a name"),
+        (CONFIG, {"num_hidden_layers": "3"}, "num_hidden_layers is '3' and must be a whole number"),
+        (CONFIG, {"hidden_size": 64.0}, "hidden_size is 64.0 and must be a whole number above 0"),
+        (CONFIG, {"num_attention_heads": 0}, "num_attention_heads is 0 and must be a whole number"),
+        (CONFIG, {"head_dim": True}, "head_dim is True and must be a whole number above 0"),
+        (CONFIG, {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention"),
+        (
+            CONFIG,
+            {"num_attention_heads": 6, "head_dim": None},
+            "heads=6 does not divide hidden",
+        ),
+        (CONFIG, {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5' and must be above 0"),
+        (CONFIG, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan and must be above 0"),
+        (CONFIG, {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no' and must be true or"),
+        (
+            CONFIG,
+            {"rope_parameters": "llama3"},
+            "rope_parameters is 'llama3' and must be names",
+        ),
+        (CONFIG, {"rope_scaling": {"rope_theta": "x"}}, "rope_theta is 'x' and must be above 0"),
+        (CONFIG, {"layer_types": [["full_attention"]]}, "and must be a list of names"),
+    ],
+)
+def test_damaged_json_is_one_message(
+    copy: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    content: str | dict[str, Any],
+    message: str,
+) -> None:
+    folder = copy("arcee")
+    if isinstance(content, dict):
+        change_config(folder, **content)
+    else:
+        (folder / file).write_text(content)
+    refuse(folder, tmp_path / "out", message, capsys)
+    assert cli.main(["verify", str(folder), str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_another_models_tokenizer(
     copy: Callable[[str], Path],
     tokenizer: Path,
