@@ -23,6 +23,7 @@ from megatron_xielu.checkpoint.hf_model import HfFolder
 from megatron_xielu.checkpoint.mapping import Placement, table
 from megatron_xielu.checkpoint.release import about, common_state, extra_states, recipe_of
 from megatron_xielu.checkpoint.store import Store
+from megatron_xielu.checkpoint.tokens import keep_tokens
 from megatron_xielu.checkpoint.torch_dist_writer import Part, write_checkpoint
 from megatron_xielu.errors import UserError
 from megatron_xielu.folders import leftovers, new_folder
@@ -103,6 +104,7 @@ def convert_from_hf(
         files |= store.describe(0, [_RECIPE])
         store.publish(0, files, about(hf_dir.resolve().name))
         (run_dir / _RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+        keep_tokens(folder, run_dir)
         if check:
             from megatron_xielu.checkpoint.verify import verify
 

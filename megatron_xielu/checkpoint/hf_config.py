@@ -18,7 +18,7 @@ from megatron_xielu.checkpoint.architecture import (
     ORIGINAL_MAX_POSITION_EMBEDDINGS,
     Architecture,
 )
-from megatron_xielu.checkpoint.targets import Target
+from megatron_xielu.checkpoint.targets import SpecialTokens, Target
 from megatron_xielu.errors import UserError
 
 _SIZES = (
@@ -39,6 +39,7 @@ _COUNTS = (
 _NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")
 _NAMES = ("model_type", "hidden_act", "rope_type")
+_TOKEN_KEYS = tuple(SpecialTokens().as_config())
 _FLAGS = ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings")
 _NO_SCALING: dict[str, Any] = {"rope_type": "default"}
 _LLAMA3 = {
@@ -68,6 +69,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
     },
 }
+_TOKEN_IDS = {
+    "arcee": SpecialTokens(bos=128000, eos=128001),
+    "apertus": SpecialTokens(bos=1, eos=2, pad=3),
+    "llama": SpecialTokens(bos=1, eos=2),
+    "qwen3": SpecialTokens(),
+}
 _THETA = 1e4
 _APERTUS_THETA = 12e6
 _APERTUS_SCALING: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, **_LLAMA3}
@@ -90,6 +97,7 @@ def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
         (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
         (_ROPE_KEYS, lambda value: isinstance(value, dict), "names and values"),
         (("layer_types",), _is_list_of(str), "a list of names"),
+        (_TOKEN_KEYS, _is_token, "a token's id or a list of such"),
     )
     for names, holds, rule in rules:
         for name in names:
@@ -100,6 +108,15 @@ def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_list_of(kind: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(type(part) is kind for part in value)
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int or _is_list_of(int)(value)
+
+
+def special_tokens(content: Mapping[str, Any], target: Target) -> SpecialTokens:
+    """The ids that a config.json names; one that it does not mention is the class's."""
+    return SpecialTokens.of_config({**_TOKEN_IDS[target.name].as_config(), **content})
 
 
 def read_architecture(content: Mapping[str, Any], target: Target, path: Path) -> Architecture:
