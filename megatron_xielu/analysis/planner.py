@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_xielu.errors import UserError
-from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
+from megatron_xielu.recipes.derived import (
+    data_parallel_size,
+    embedding_rows,
+    head_dim,
+    num_query_groups,
+)
 from megatron_xielu.recipes.schema import Model, Recipe
 from megatron_xielu.recipes.validate import check
 
@@ -324,12 +329,13 @@ def _embeddings(model: Model) -> int:
 
 
 def _vocab_size(model: Model) -> int:
-    if model.vocab_size is None:
+    rows = embedding_rows(model)
+    if rows is None:
         raise UserError(
             "model.vocab_size is null: it comes from the data's tokenizer once data.path is read; "
             "to plan without data give it, for example model.vocab_size=4096"
         )
-    return model.vocab_size
+    return rows
 
 
 def _precision(recipe: Recipe) -> str:

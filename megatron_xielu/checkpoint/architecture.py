@@ -89,7 +89,7 @@ class Architecture:
         Args:
             args: names and values, `vars(common_state()["args"])`.
             has_alphas: the checkpoint holds xIELU's; stock Megatron has no argument for them.
-            vocab_size: the tokenizer's; None means what the arguments say.
+            vocab_size: without padding, for where the arguments do not say it.
 
         Raises:
             UserError: an argument is missing, or describes what is no such Llama; all are named.
@@ -100,7 +100,7 @@ class Architecture:
             if value is not None and not isinstance(value, Opaque)
         }
         if vocab_size is not None:
-            values["vocab_size"] = vocab_size
+            values.setdefault("vocab_size", vocab_size)
         # older Megatrons have the shorter name
         values.setdefault("layernorm_epsilon", values.get("norm_epsilon"))
         values.setdefault("max_position_embeddings", values.get("seq_length"))

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from megatron_xielu.checkpoint.architecture import Architecture
 from megatron_xielu.checkpoint.hf_checks import check_room, check_tensors, check_tokenizer
-from megatron_xielu.checkpoint.hf_config import read_architecture
 from megatron_xielu.checkpoint.hf_model import HfFolder
 from megatron_xielu.checkpoint.mapping import Placement, table
 from megatron_xielu.checkpoint.release import about, common_state, extra_states, recipe_of
 from megatron_xielu.checkpoint.store import Store
+from megatron_xielu.checkpoint.tokens import keep_tokens
 from megatron_xielu.checkpoint.torch_dist_writer import Part, write_checkpoint
 from megatron_xielu.errors import UserError
 from megatron_xielu.folders import leftovers, new_folder
@@ -76,7 +76,7 @@ def convert_from_hf(
     hf_dir, out_dir = Path(hf_dir), Path(out_dir).resolve()
     _refuse_existing(out_dir)
     folder = HfFolder(hf_dir)
-    arch = read_architecture(folder.config, folder.target, hf_dir / "config.json")
+    arch = folder.arch
     placements = list(weights_of(arch))
     check_tensors(folder, placements, arch)
     check_tokenizer(hf_dir, arch)
@@ -103,6 +103,7 @@ def convert_from_hf(
         files |= store.describe(0, [_RECIPE])
         store.publish(0, files, about(hf_dir.resolve().name))
         (run_dir / _RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+        keep_tokens(folder, run_dir)
         if check:
             from megatron_xielu.checkpoint.verify import verify
 

@@ -7,7 +7,8 @@ transformers 4; what the two versions would read differently is refused instead 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_xielu.checkpoint.architecture import (
     ORIGINAL_MAX_POSITION_EMBEDDINGS,
     Architecture,
 )
-from megatron_xielu.checkpoint.targets import Target
+from megatron_xielu.checkpoint.targets import SpecialTokens, Target
 from megatron_xielu.errors import UserError
 
 _SIZES = (
@@ -28,6 +29,18 @@ _SIZES = (
     "num_attention_heads",
 )
 """transformers has defaults for these too, but a model of a default size says so."""
+_COUNTS = (
+    *_SIZES,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
+_NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta", "factor", "partial_rotary_factor")
+_ROPE_KEYS = ("rope_parameters", "rope_scaling")
+_NAMES = ("model_type", "hidden_act", "rope_type")
+_TOKEN_KEYS = tuple(SpecialTokens().as_config())
+_FLAGS = ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings")
 _NO_SCALING: dict[str, Any] = {"rope_type": "default"}
 _LLAMA3 = {
     "low_freq_factor": LOW_FREQ_FACTOR,
@@ -56,16 +69,61 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
     },
 }
+_TOKEN_IDS = {
+    "arcee": SpecialTokens(bos=128000, eos=128001),
+    "apertus": SpecialTokens(bos=1, eos=2, pad=3),
+    "llama": SpecialTokens(bos=1, eos=2),
+    "qwen3": SpecialTokens(),
+}
 _THETA = 1e4
 _APERTUS_THETA = 12e6
 _APERTUS_SCALING: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, **_LLAMA3}
+
+
+def check_types(content: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError with every key of a config.json whose value is of no such key's type."""
+    ropes = [content[key] for key in _ROPE_KEYS if isinstance(content.get(key), dict)]
+    if wrong := [line for values in (content, *ropes) for line in _wrong_types(values)]:
+        raise UserError(
+            "\n  ".join([f"{path} cannot be read:", *wrong]) + "\nGet it again from its source."
+        )
+
+
+def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
+    rules: tuple[tuple[Collection[str], Callable[[Any], bool], str], ...] = (
+        (_COUNTS, lambda value: type(value) is int and value > 0, "a whole number above 0"),
+        (_NUMBERS, lambda value: type(value) in (int, float) and 0 < value < inf, "above 0"),
+        (_NAMES, lambda value: isinstance(value, str), "a name"),
+        (_FLAGS, lambda value: isinstance(value, bool), "true or false"),
+        (_ROPE_KEYS, lambda value: isinstance(value, dict), "names and values"),
+        (("layer_types",), _is_list_of(str), "a list of names"),
+        (_TOKEN_KEYS, _is_token, "a token's id or a list of such"),
+    )
+    for names, holds, rule in rules:
+        for name in names:
+            # null is what transformers writes for "not set"
+            if (value := values.get(name)) is not None and not holds(value):
+                yield f"{name} is {value!r} and must be {rule}"
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(part) is kind for part in value)
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int or _is_list_of(int)(value)
+
+
+def special_tokens(content: Mapping[str, Any], target: Target) -> SpecialTokens:
+    """The ids that a config.json names; one that it does not mention is the class's."""
+    return SpecialTokens.of_config({**_TOKEN_IDS[target.name].as_config(), **content})
 
 
 def read_architecture(content: Mapping[str, Any], target: Target, path: Path) -> Architecture:
     """The model that a config.json describes.
 
     Args:
-        content: config.json as it is.
+        content: config.json as it is; `check_types` must pass.
         target: the class of its model_type.
         path: where it came from, for messages.
 
@@ -78,7 +136,13 @@ def read_architecture(content: Mapping[str, Any], target: Target, path: Path) ->
     # null is what transformers writes for "not set"
     config = _COMMON | _DEFAULTS[target.name]
     config |= {name: value for name, value in content.items() if value is not None}
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    groups = config.get("num_key_value_heads", heads)
     reasons = _refusals(config, target)
+    if heads % groups:
+        reasons.append(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
+    if "head_dim" not in config and hidden % heads:
+        reasons.append(f"num_attention_heads={heads} does not divide hidden_size={hidden}")
     rope_theta, rope_scaling_factor = _rope(content, config, reasons)
     if reasons:
         raise UserError(
@@ -86,13 +150,12 @@ def read_architecture(content: Mapping[str, Any], target: Target, path: Path) ->
             + "\n".join(f"  {reason}" for reason in reasons)
         )
     activations = {hf: ours for ours, hf in target.hidden_acts.items()}
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return Architecture(
         num_layers=config["num_hidden_layers"],
         hidden_size=hidden,
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads", heads),
+        num_query_groups=groups,
         head_dim=config.get("head_dim", hidden // heads),
         vocab_size=config["vocab_size"],
         tie_embeddings=config["tie_word_embeddings"],

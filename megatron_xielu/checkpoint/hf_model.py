@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron_xielu.checkpoint.architecture import Architecture
+from megatron_xielu.checkpoint.hf_config import check_types, read_architecture
 from megatron_xielu.checkpoint.safetensors_file import TensorSpec
 from megatron_xielu.checkpoint.targets import TARGETS
 from megatron_xielu.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -41,38 +44,49 @@ def load_config(hf_dir: Path) -> dict[str, Any]:
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         raise UserError(f"{hf_dir} is not a Hugging Face model folder: it has no config.json.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}). Get the folder again.") from error
+    config = read_json(path)
+    check_types(config, path)
     return config
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of JSON; raises UserError if the file holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}). Get the folder again.") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds {type(content).__name__} in place of names and values. Get the folder "
+            f"again."
+        )
+    return content
+
+
 def tensor_files(hf_dir: Path) -> dict[str, Path]:
-    """The file of every tensor that the folder's safetensors files hold.
+    """The file of every tensor, chosen as transformers chooses.
+
+    That is model.safetensors, else what the index names, whatever lies beside them; a folder with
+    neither counts as a whole.
 
     Raises:
-        UserError: there are none, one is damaged, or one that the index names is missing.
+        UserError: there are none, one is damaged, the index and the files disagree, or two files
+            hold tensors of one name.
     """
-    from safetensors import SafetensorError, safe_open
-
     hf_dir = Path(hf_dir)
+    if (single := hf_dir / SINGLE_FILE).is_file():
+        return dict.fromkeys(_names(single), single)
+    if (index := hf_dir / INDEX_FILE).is_file():
+        return _indexed_files(index)
     files: dict[str, Path] = {}
     for path in sorted(hf_dir.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is damaged: {error}. Convert again, or get the file again."
-            ) from error
-    if (index := hf_dir / INDEX_FILE).is_file():
-        needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if missing := [name for name in needed if not (hf_dir / name).is_file()]:
-            raise UserError(
-                f"{hf_dir / missing[0]} is missing: {INDEX_FILE} names {len(needed)} files, "
-                f"{len(missing)} of them are not there. Get the folder again."
-            )
+        for name in _names(path):
+            if name in files:
+                raise UserError(
+                    f"{files[name]} and {path} both hold {name}, and no {INDEX_FILE} says which "
+                    f"counts. Remove the files that are not this model's."
+                )
+            files[name] = path
     if not files:
         pickled = sorted(path.name for path in hf_dir.glob("*.bin"))
         remedy = (
@@ -83,6 +97,47 @@ def tensor_files(hf_dir: Path) -> dict[str, Path]:
         )
         raise UserError(f"{hf_dir} holds no safetensors file.{remedy}")
     return files
+
+
+def _indexed_files(index: Path) -> dict[str, Path]:
+    """The index's weight_map, held against the files that it names."""
+    weight_map = read_json(index).get("weight_map")
+    plain = isinstance(weight_map, dict) and all(
+        isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+    )
+    if not weight_map or not plain:
+        raise UserError(
+            f"{index} has no weight_map from tensors to files beside it. Get the file again."
+        )
+    files = {name: index.parent / file for name, file in weight_map.items()}
+    needed = sorted(set(files.values()))
+    if missing := [path for path in needed if not path.is_file()]:
+        raise UserError(
+            f"{missing[0]} is missing: {INDEX_FILE} names {len(needed)} files, {len(missing)} of "
+            f"them are not there. Get the folder again."
+        )
+    for path in needed:
+        named = {name for name, file in files.items() if file == path}
+        if wrong := sorted(named ^ _names(path)):
+            which = "lacks {}, which" if wrong[0] in named else "holds {}, which no entry of"
+            raise UserError(
+                f"{path} {which.format(wrong[0])} {INDEX_FILE} names for it: they are of two "
+                f"saves. Get the folder again."
+            )
+    return files
+
+
+def _names(path: Path) -> set[str]:
+    """What a file holds."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}. Convert again, or get the file again."
+        ) from error
 
 
 def read_tensors(files: dict[str, Path], names: Sequence[str]) -> list[Tensor]:
@@ -115,6 +170,11 @@ class HfFolder:
         self.tied = bool(self.config.get("tie_word_embeddings"))
         self._files = tensor_files(self.path)
         self.specs = dict(self._read_specs())
+
+    @cached_property
+    def arch(self) -> Architecture:
+        """What config.json means; raises UserError, see `read_architecture`."""
+        return read_architecture(self.config, self.target, self.path / "config.json")
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
@@ -204,12 +264,11 @@ def load_exact(hf_dir: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    load_config(hf_dir)
+    files = HfFolder(hf_dir)._files
     with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(hf_dir), dtype=torch.float32, local_files_only=True
         )
-    files = tensor_files(hf_dir)
     names = [name for name in files if ".act_fn." in name]
     for name, module in model.named_modules():
         if name.endswith(".act_fn"):

@@ -265,6 +265,12 @@ def locate(
     return sorted(placements, key=_layer_order)
 
 
+def embedding_rows(reader: TorchDistReader) -> int:
+    """Rows of the embedding, padding included; raises UserError if there is none."""
+    (entry,) = (entry for entry in TABLE if entry.hf == (EMBEDDING,))
+    return reader.shape(_stored_name(entry, set(reader.keys()), reader))[0]
+
+
 def untied(placements: Sequence[Placement]) -> list[Placement]:
     """The same with an output layer of its own, a copy of the embedding."""
     (entry,) = (entry for entry in TABLE if entry.hf == (LM_HEAD,))

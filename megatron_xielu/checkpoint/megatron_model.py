@@ -43,7 +43,7 @@ class MegatronCheckpoint:
     Args:
         path: a run, checkpoints or iter_ folder; see `open_run`.
         target: whose names its tensors get; None means the class that fits.
-        vocab_size: rows without padding; None means what the recipe or the arguments say.
+        vocab_size: rows without padding, for where neither the recipe nor the arguments say it.
         given: Megatron's arguments that the checkpoint lacks.
 
     Raises:

@@ -22,6 +22,7 @@ def recipe_of(arch: Architecture, name: str) -> Recipe:
     """The model of the folder; a short, careful training whose values are to be replaced."""
     grouped = arch.num_query_groups != arch.num_attention_heads
     derived_dim = arch.head_dim * arch.num_attention_heads == arch.hidden_size
+    rows = padded_vocab_size(arch.vocab_size)
     model = Model(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -31,7 +32,8 @@ def recipe_of(arch: Architecture, name: str) -> Recipe:
         ffn_hidden_size=arch.ffn_hidden_size,
         activation=arch.activation,
         seq_length=arch.seq_length,
-        vocab_size=padded_vocab_size(arch.vocab_size),
+        vocab_size=arch.vocab_size,
+        padded_vocab_size=rows if rows > arch.vocab_size else None,
         tie_embeddings=arch.tie_embeddings,
         rope_theta=arch.rope_theta,
         rope_scaling_factor=arch.rope_scaling_factor,

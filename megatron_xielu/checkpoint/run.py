@@ -85,7 +85,7 @@ def architecture_of(
     """The architecture of a saved step: by its recipe, else by the arguments that Megatron saved.
 
     Args:
-        vocab_size: the tokenizer's; None means what the recipe or the arguments say.
+        vocab_size: without padding, for where neither the recipe nor the arguments say it.
         given: Megatron's arguments that the checkpoint lacks, by their names in it.
 
     Raises:
@@ -99,9 +99,7 @@ def architecture_of(
                 f"the model."
             )
         check_arguments(reader, run.recipe)
-        # weights from elsewhere keep their vocabulary beside the recipe's rows
-        own = arguments_of(reader).get("vocab_size")
-        size = vocab_size or own or run.recipe.model.vocab_size
+        size = known_vocab_size(run, reader) or vocab_size
         if size is None:
             raise UserError(
                 f"The vocabulary's size is unknown: the {_RECIPE} of {run.path} leaves "
@@ -136,6 +134,19 @@ def _check_rope_scaling(args: Mapping[str, Any], given: Mapping[str, Any]) -> No
         f"scripts trained it, and --arg rope_scaling_factor={factor:g} if a program did that hands "
         f"it on, as `megatron-xielu pretrain` does."
     )
+
+
+def known_vocab_size(
+    run: RunCheckpoint, reader: TorchDistReader, given: Mapping[str, Any] | None = None
+) -> int | None:
+    """The vocabulary without padding: by the recipe, else by the arguments; None if none says it.
+
+    Args:
+        given: see `architecture_of`.
+    """
+    by_recipe = run.recipe.model.vocab_size if run.recipe is not None else None
+    size: int | None = by_recipe or {**arguments_of(reader), **(given or {})}.get("vocab_size")
+    return size
 
 
 def _is_alpha(key: str) -> bool:

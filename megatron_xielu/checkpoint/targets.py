@@ -6,6 +6,7 @@ models that xIELU is compared with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,16 +22,25 @@ from megatron_xielu.checkpoint.architecture import (
 from megatron_xielu.errors import UserError
 
 Arch = Literal["auto", "arcee", "apertus", "llama", "qwen3"]
+TokenIds = int | list[int] | None
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """A tokenizer's size and the ids that a model's config names."""
+    """The ids that a model's config names; a model may end its texts in several ways."""
 
-    vocab_size: int
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
+    bos: TokenIds = None
+    eos: TokenIds = None
+    pad: TokenIds = None
+
+    @staticmethod
+    def of_config(content: Mapping[str, Any]) -> SpecialTokens:
+        """From transformers' names."""
+        return SpecialTokens(*(content.get(f"{role}_token_id") for role in ("bos", "eos", "pad")))
+
+    def as_config(self) -> dict[str, TokenIds]:
+        """By transformers' names."""
+        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +155,7 @@ def hf_config(
         **target.extra,
         "tie_word_embeddings": arch.tie_embeddings,
         "use_cache": True,
-        "bos_token_id": tokens.bos,
-        "eos_token_id": tokens.eos,
-        "pad_token_id": tokens.pad,
+        **tokens.as_config(),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }
@@ -155,12 +163,7 @@ def hf_config(
 
 def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
     """generation_config.json: where to stop, nothing about sampling."""
-    return {
-        "_from_model_config": True,
-        "bos_token_id": tokens.bos,
-        "eos_token_id": tokens.eos,
-        "pad_token_id": tokens.pad,
-    }
+    return {"_from_model_config": True, **tokens.as_config()}
 
 
 def _fitting(arch: Architecture) -> Target:

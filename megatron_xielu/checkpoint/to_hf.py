@@ -7,8 +7,6 @@ GPU, Megatron or transformers model is needed.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,41 +18,39 @@ from torch import Tensor
 
 from megatron_xielu.checkpoint import export_manifest
 from megatron_xielu.checkpoint.architecture import Architecture
-from megatron_xielu.checkpoint.hf_model import INDEX_FILE
+from megatron_xielu.checkpoint.hf_model import INDEX_FILE, SINGLE_FILE
 from megatron_xielu.checkpoint.mapping import (
     XIELU_CONSTANTS,
     Placement,
+    embedding_rows,
     hf_shapes,
     locate,
     read_weight,
     untied,
 )
 from megatron_xielu.checkpoint.model_card import model_card
-from megatron_xielu.checkpoint.run import RunCheckpoint, architecture_of, arguments_of, open_run
+from megatron_xielu.checkpoint.run import architecture_of, arguments_of, known_vocab_size, open_run
 from megatron_xielu.checkpoint.safetensors_file import SafetensorsWriter, TensorSpec
 from megatron_xielu.checkpoint.targets import (
     Arch,
-    SpecialTokens,
     Target,
     choose_target,
-    generation_config,
     hf_config,
+)
+from megatron_xielu.checkpoint.tokens import (
+    GENERATION_CONFIG,
+    Tokens,
+    copy_tokenizer,
+    find_tokens,
+    write_json,
 )
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
 from megatron_xielu.folders import leftovers, new_folder
 
+Progress = Callable[[str], None]
 DType = Literal["auto", "fp32", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SINGLE_FILE = "model.safetensors"
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def convert_to_hf(
     drop_mtp: bool = False,
     given: Mapping[str, Any] | None = None,
     check: bool = False,
-    progress: Callable[[str], None] = print,
+    progress: Progress = print,
 ) -> HfExport:
     """Writes the model of a run folder, checkpoints folder or iter_ folder to `out_dir`.
 
@@ -93,7 +89,7 @@ def convert_to_hf(
             replaced once the new one is complete, and a failure leaves it as it was.
         arch: the class of transformers; "auto" is the one that fits.
         dtype: "auto" keeps the type of the checkpoint's matrices. xIELU's alphas are always fp32.
-        tokenizer: a tokenizer folder; None means that of the run's data, if it is there.
+        tokenizer: a tokenizer folder; see `find_tokens`.
         max_shard_bytes: larger models are split into several files with an index.
         untie: write tied embeddings twice, as an output layer of its own.
         drop_mtp: leave out layers of multi-token prediction, which no class has.
@@ -110,12 +106,12 @@ def convert_to_hf(
     out_dir = Path(out_dir).resolve()
     export_manifest.refuse_changed(out_dir)
     reader = TorchDistReader(run.path)
-    tokens = _special_tokens(tokenizer or run.tokenizer)
-    size = tokens.vocab_size if tokens else None
+    tokens = find_tokens(run, tokenizer)
+    size = known_vocab_size(run, reader, given)
+    if size is None and tokens.num_ids is not None:
+        size = _size_by_rounding(tokens.num_ids, reader, progress)
     stored = architecture_of(run, reader, vocab_size=size, given=given)
-    if tokenizer is not None:
-        _check_vocabulary(tokenizer, run, reader, stored)
-    tokens = tokens or SpecialTokens(stored.vocab_size)
+    _check_tokenizer(tokens, stored)
     target = choose_target(stored, arch)
     placements = locate(reader, stored, drop_mtp=drop_mtp)
     written = replace(stored, tie_embeddings=stored.tie_embeddings and not untie)
@@ -133,11 +129,11 @@ def convert_to_hf(
     for path in leftovers(out_dir):
         progress(f"note: {path} is from an interrupted run; delete it unless one is still at work")
     with _new_export(out_dir) as folder:
-        _write_json(folder / "config.json", hf_config(target, written, tokens, torch_dtype))
+        config = hf_config(target, written, tokens.special, torch_dtype)
+        write_json(folder / "config.json", config)
         num_parameters = export.write(shards, folder)
-        _write_json(folder / "generation_config.json", generation_config(tokens))
-        if folder_of_tokenizer := tokenizer or run.tokenizer:
-            _copy_tokenizer(folder_of_tokenizer, folder)
+        write_json(folder / GENERATION_CONFIG, tokens.generation)
+        has_tokenizer = tokens.folder is not None and copy_tokenizer(tokens.folder, folder)
         card = model_card(
             run,
             arguments_of(reader),
@@ -145,7 +141,7 @@ def convert_to_hf(
             target,
             num_parameters=num_parameters,
             dtype=name,
-            has_tokenizer=bool(folder_of_tokenizer),
+            has_tokenizer=has_tokenizer,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         if check:
@@ -225,7 +221,7 @@ class _Export:
         if len(shards) > 1:
             weight_map = {name: shard.name for shard in shards for name in shard.tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(folder / INDEX_FILE, index)
+            write_json(folder / INDEX_FILE, index)
         # beta and eps are the only 0-dim tensors, and no parameters
         shapes = [spec.shape for shard in shards for spec in shard.tensors.values() if spec.shape]
         return sum(torch.Size(shape).numel() for shape in shapes)
@@ -264,45 +260,29 @@ def _export_dtype(
     return torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
 
 
-def _special_tokens(tokenizer: Path | None) -> SpecialTokens | None:
-    if tokenizer is None:
-        return None
-    from transformers import AutoTokenizer
+def _size_by_rounding(num_ids: int, reader: TorchDistReader, progress: Progress) -> int:
+    """The vocabulary of a model that does not say it: the tokenizer's, or every row.
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{tokenizer} is not a Hugging Face tokenizer folder: {reason}") from error
-    # ids may have holes, so the size is what holds the largest one
-    size = max(loaded.get_vocab().values()) + 1
-    return SpecialTokens(size, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
-
-
-def _check_vocabulary(
-    tokenizer: Path, run: RunCheckpoint, reader: TorchDistReader, arch: Architecture
-) -> None:
-    """Raises UserError where a tokenizer is much too small, which no shape shows."""
-    rows = reader.shape("embedding.word_embeddings.weight")[0]
-    args = arguments_of(reader)
-    # how far Megatron rounds up
+    Rows count as padding only if they are as many as Megatron itself adds to such a tokenizer.
+    """
+    args, rows = arguments_of(reader), embedding_rows(reader)
     step = args.get("make_vocab_size_divisible_by", 128) * args.get("tensor_model_parallel_size", 1)
-    if rows - arch.vocab_size >= step:
+    padded = -(-num_ids // step) * step == rows
+    size = num_ids if padded else rows
+    progress(
+        f"note: the checkpoint does not say its vocabulary's size. It has {rows} rows, and the "
+        f"tokenizer {num_ids} ids, which Megatron rounds up to a multiple of {step}: so {size} are "
+        f"exported. --arg vocab_size=NUMBER overrules that"
+    )
+    return size
+
+
+def _check_tokenizer(tokens: Tokens, arch: Architecture) -> None:
+    if tokens.num_ids is not None and tokens.num_ids > arch.vocab_size:
         raise UserError(
-            f"{tokenizer} has {arch.vocab_size} ids and {run.path} {rows} rows, {step} of which at "
-            f"most can be padding: it is not the tokenizer of this run's data."
+            f"{tokens.folder} has ids up to {tokens.num_ids - 1}, the model's vocab_size is "
+            f"{arch.vocab_size}: it is not the tokenizer of this run's data."
         )
-
-
-def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    for pattern in _TOKENIZER_FILES:
-        for file in tokenizer.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Prove that two models are one: checkpoints and Hugging Face folders, in any pair.
 
 Each check sees faults that the others do not. A Hugging Face folder must hold exactly the tensors
-that transformers needs for its config.json; every tensor must equal the other model's bit for bit;
+that transformers needs for its config.json, which must not contradict itself; the two must describe
+one architecture; every tensor must equal the other model's bit for bit;
 and fp32 logits must agree, those of a folder computed by stock transformers, those of a checkpoint
 by a model written from Megatron's conventions (`megatron_model`), or by Megatron itself.
 """
@@ -9,7 +10,7 @@ by a model written from Megatron's conventions (`megatron_model`), or by Megatro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def verify(
     for model in (one, other):
         if isinstance(model, HfFolder):
             check_keys(model)
+    check_architectures(one, other)
     shorter = compare_tensors(one, other)
     vocab_size = one.specs[EMBEDDING].shape[0]
     if prompts is None:
@@ -120,10 +122,13 @@ def verify(
 
 
 def open_models(a: Path, b: Path, given: Mapping[str, Any] | None = None) -> tuple[Model, Model]:
-    """Both models; a checkpoint beside a folder gets the folder's names and vocabulary."""
+    """Both models; a checkpoint beside a folder gets the folder's names.
+
+    One that does not say its vocabulary's size gets the folder's too.
+    """
     folders = {path: HfFolder(path) for path in (a, b) if (Path(path) / "config.json").is_file()}
     target = next((folder.target for folder in folders.values()), None)
-    size = next((int(folder.config["vocab_size"]) for folder in folders.values()), None)
+    size = next((folder.arch.vocab_size for folder in folders.values()), None)
     one, other = (
         folders[path]
         if path in folders
@@ -158,6 +163,23 @@ def check_keys(folder: HfFolder) -> None:
                 f"{folder.path}: {name} has shape {folder.specs[name].shape}, config.json means "
                 f"{shape}."
             )
+
+
+def check_architectures(one: Model, other: Model) -> None:
+    """Raises VerifyError where what describes two models means different functions.
+
+    Their tensors and logits do not show all of it: what transformers passes over in a config.json
+    other programs compute with. What does not decide a logit may differ: the context, the initial
+    deviation, and whether equal embeddings are stored as one.
+    """
+    free = {"seq_length", "init_std", "tie_embeddings"}
+    first, second = (asdict(model.arch) for model in (one, other))
+    if wrong := [name for name in first if name not in free and first[name] != second[name]]:
+        raise VerifyError(
+            f"{one.path} and {other.path} describe two models: "
+            + ", ".join(f"{name} is {first[name]} and {second[name]}" for name in wrong)
+            + "."
+        )
 
 
 def compare_tensors(one: Model, other: Model) -> dict[str, torch.dtype]:
@@ -221,8 +243,6 @@ def _alias(name: str, model: Model) -> str:
 
 
 def _context(model: Model) -> int:
-    if isinstance(model, HfFolder):
-        return int(model.config["max_position_embeddings"])
     return model.arch.seq_length
 
 

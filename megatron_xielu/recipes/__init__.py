@@ -2,6 +2,7 @@
 
 from megatron_xielu.recipes.derived import (
     data_parallel_size,
+    embedding_rows,
     fp8_format,
     head_dim,
     num_query_groups,
@@ -18,6 +19,7 @@ __all__ = [
     "check",
     "data_parallel_size",
     "diff",
+    "embedding_rows",
     "fp8_format",
     "head_dim",
     "load_recipe",

@@ -21,6 +21,11 @@ def num_query_groups(model: Model) -> int:
     return model.num_query_groups or model.num_attention_heads
 
 
+def embedding_rows(model: Model) -> int | None:
+    """Rows of the embedding, padding included; None where they follow from the data."""
+    return model.padded_vocab_size or model.vocab_size
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding for a vocabulary, the same whatever the tensor-parallel size is."""
     return -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE

@@ -93,7 +93,7 @@ def _model(model: Model) -> Flags:
         "--tokenizer-type": "NullTokenizer",
         "--vocab-size": model.vocab_size,
         # upstream would pad by tensor_model_parallel_size, and then no other one could resume
-        "--padded-vocab-size": model.vocab_size,
+        "--padded-vocab-size": model.padded_vocab_size or model.vocab_size,
     }
 
 

@@ -29,7 +29,10 @@ class Model:
     """swiglu (gated) and relu2 (ReLU squared) are baselines, see docs/baselines.md."""
     seq_length: int
     vocab_size: int | None = None
-    """Rows of the embedding; None means the data's tokenizer, rounded up to a multiple of 128."""
+    """Ids, each a row of the embedding; None means those of the data's tokenizer."""
+    padded_vocab_size: int | None = None
+    """Rows of the embedding; those beyond the ids are padding, which no export has. None means no
+    padding, or up to a multiple of 128 where vocab_size comes from the data."""
     tie_embeddings: bool = True
     rope_theta: float = 10_000.0
     rope_scaling_factor: float | None = None

@@ -8,7 +8,12 @@ from typing import Any
 
 from megatron_xielu.errors import UserError
 from megatron_xielu.recipes import fp8
-from megatron_xielu.recipes.derived import data_parallel_size, head_dim, num_query_groups
+from megatron_xielu.recipes.derived import (
+    data_parallel_size,
+    embedding_rows,
+    head_dim,
+    num_query_groups,
+)
 from megatron_xielu.recipes.nearest import divisors, indivisible, join, multiples
 from megatron_xielu.recipes.schema import Recipe, Xielu
 
@@ -22,6 +27,7 @@ _AT_LEAST_ONE = (
     "model.ffn_hidden_size",
     "model.seq_length",
     "model.vocab_size",
+    "model.padded_vocab_size",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
     "training.train_iters",
@@ -93,6 +99,7 @@ def validate(recipe: Recipe, world_size: int) -> list[str]:
     return [
         *_bounds(recipe, world_size),
         *_attention(recipe),
+        *_vocabulary(recipe),
         *_tensor_parallel(recipe),
         *_sequence_parallel(recipe),
         *_pipeline_parallel(recipe),
@@ -149,6 +156,15 @@ def _attention(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _vocabulary(recipe: Recipe) -> Iterator[str]:
+    ids, rows = recipe.model.vocab_size, recipe.model.padded_vocab_size
+    if ids is not None and rows is not None and 0 < rows < ids:
+        yield (
+            f"model.padded_vocab_size={rows} is less than vocab_size={ids}, and every id has a "
+            f"row; nearest legal: {ids}"
+        )
+
+
 def _tensor_parallel(recipe: Recipe) -> Iterator[str]:
     model, tp = recipe.model, recipe.parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads, num_query_groups(model)
@@ -165,7 +181,7 @@ def _tensor_parallel(recipe: Recipe) -> Iterator[str]:
         )
     for name, size in (
         ("ffn_hidden_size", model.ffn_hidden_size),
-        ("vocab_size", model.vocab_size),
+        ("padded_vocab_size" if model.padded_vocab_size else "vocab_size", embedding_rows(model)),
     ):
         if size is not None and indivisible(size, tp):
             yield (

@@ -44,6 +44,7 @@ _FIXED = (
     "model.num_attention_heads",
     "model.num_layers",
     "model.num_query_groups",
+    "model.padded_vocab_size",
     "model.qk_layernorm",
     "model.tie_embeddings",
     "model.vocab_size",

@@ -57,26 +57,26 @@ def resolve(recipe: Recipe, machine: Machine, data: DatasetInfo | None) -> Recip
     """The recipe with nothing left to "auto".
 
     Args:
-        data: the data folder's manifest. Its vocabulary, rounded up to a multiple of 128 whatever
-            the tensor-parallel size is, becomes the model's where the recipe names none, and its
+        data: the data folder's manifest. Its vocabulary becomes the model's where the recipe names
+            none, with rows up to a multiple of 128 whatever the tensor-parallel size is, and its
             held-out tokens become the length of an evaluation.
 
     Raises:
         UserError: FP8 or TransformerEngine is asked for where it cannot run.
     """
     model = recipe.model
-    vocab_size = model.vocab_size
-    if vocab_size is None and data is not None:
-        vocab_size = padded_vocab_size(data.vocab_size)
+    if model.vocab_size is None and data is not None:
+        size = data.vocab_size
+        rows = padded_vocab_size(size)
+        padded = model.padded_vocab_size or (rows if rows > size else None)
+        model = replace(model, vocab_size=size, padded_vocab_size=padded)
     precision = recipe.training.precision
     if precision == "auto":
         precision = "bf16" if machine.device == "cuda" else "fp32"
     path = recipe.data.path
     return replace(
         recipe,
-        model=replace(
-            model, transformer_impl=_transformer_impl(recipe, machine), vocab_size=vocab_size
-        ),
+        model=replace(model, transformer_impl=_transformer_impl(recipe, machine)),
         training=replace(recipe.training, precision=precision),
         data=replace(recipe.data, path=None if path is None else str(Path(path).absolute())),
         logging=replace(recipe.logging, eval_iters=_eval_iters(recipe, data)),

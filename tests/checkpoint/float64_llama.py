@@ -14,7 +14,7 @@ from checkpoint_layouts import LAYOUTS
 from torch import Tensor
 from write_checkpoint import weight_of
 
-from megatron_xielu.recipes import head_dim, num_query_groups
+from megatron_xielu.recipes import embedding_rows, head_dim, num_query_groups
 from megatron_xielu.recipes.schema import Model
 
 Weight = Callable[..., Tensor]
@@ -37,7 +37,7 @@ def float64_logits(layout: str, prompts: list[list[int]]) -> list[Tensor]:
 
 
 def _forward(model: Model, factor: float | None, weight: Weight, ids: Tensor) -> Tensor:
-    hidden, rows = model.hidden_size, model.vocab_size
+    hidden, rows = model.hidden_size, embedding_rows(model)
     embedding = weight("embedding.word_embeddings.weight", rows, hidden)
     x = embedding[ids]
     for i in range(model.num_layers):

@@ -66,7 +66,7 @@ def test_a_checkpoints_arguments_say_what_its_recipe_says(runs: dict[str, Path])
         by_recipe = architecture_of(run, reader)
         # init_std is spelled as given, theta as an integer
         assert architecture_of(replace(run, recipe=None), reader) == by_recipe
-        assert by_recipe == Architecture.of_recipe(recipe_of(layout), 384)
+        assert by_recipe == Architecture.of_recipe(recipe_of(layout), 320)
 
 
 @pytest.mark.parametrize(

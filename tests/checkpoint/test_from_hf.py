@@ -31,7 +31,7 @@ from megatron_xielu.checkpoint.store import open_store
 from megatron_xielu.checkpoint.to_hf import convert_to_hf
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from megatron_xielu.errors import UserError
-from megatron_xielu.recipes import load_recipe
+from megatron_xielu.recipes import load_recipe, megatron_args, to_yaml
 from tests.limits import file_limit
 
 PROMPTS = [[5], [1, 2, 3], [7, 200, 11, 42, 42, 0, 199, 499, 3, 17, 8, 9], list(range(100, 132))]
@@ -134,7 +134,8 @@ def test_what_lies_in_the_run_folder(folders: dict[str, Path], tmp_path: Path) -
     done = convert_from_hf(folders["arcee"], tmp_path / "run", check=True, progress=told.append)
     recipe = load_recipe(str(done.path / "recipe.yaml"))
     assert recipe == done.recipe
-    assert (recipe.name, recipe.model.vocab_size, recipe.model.head_dim) == ("run", 512, None)
+    assert (recipe.name, recipe.model.vocab_size, recipe.model.head_dim) == ("run", 500, None)
+    assert recipe.model.padded_vocab_size == 512
     # 500 x 64 twice, the final norm, and 3 layers
     layer = 2 * 64 + (4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 64 * 96 + 2
     assert done.num_parameters == 2 * 500 * 64 + 64 + 3 * layer
@@ -274,6 +275,193 @@ def test_files_that_are_missing_or_damaged(
     (folder / "pytorch_model.bin").touch()
     refuse(folder, out, "is a pickle, which can run code and is not read", capsys)
     refuse(tmp_path / "nothing", out, "has no config.json", capsys)
+
+
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+
+
+@pytest.mark.parametrize("kind", ["single", "index"])
+def test_stale_files_beside_the_model_s_are_passed_over(
+    copy: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    folder = copy("llama")
+    original = tensors(folder)
+    if kind == "single":
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        save_file(original, folder / "model.safetensors")
+        (folder / INDEX).write_text("of an earlier save, not read")
+    # of a save in more or other files; both sort behind the model's own
+    for name in ("model-00099-of-00099.safetensors", "optimizer.safetensors"):
+        save_file({"model.norm.weight": torch.zeros(64), "left.over": torch.ones(3)}, folder / name)
+    convert_from_hf(folder, tmp_path / "run", check=True, progress=lambda line: None)
+    convert_to_hf(tmp_path / "run", tmp_path / "back", progress=lambda line: None)
+    back = tensors(tmp_path / "back")
+    assert back.keys() == original.keys()
+    assert all(same_bits(back[name], tensor) for name, tensor in original.items())
+
+
+def test_files_that_contradict_each_other(
+    copy: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = copy("llama"), tmp_path / "out"
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name, content = next(iter(load_file(first))), load_file(second)
+    index = folder / INDEX
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"model.extra": first.name}}))
+    refuse(folder, out, f"{first} lacks model.extra, which {INDEX} names for it: they are", capsys)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    save_file(content | {name: torch.zeros(1)}, second)
+    refuse(folder, out, f"{second} holds {name}, which no entry of {INDEX} names for it", capsys)
+    save_file(content, second)
+    index.unlink()
+    save_file({name: torch.zeros(1)}, folder / "zzz.safetensors")
+    refuse(folder, out, f"{first} and {folder / 'zzz.safetensors'} both hold {name}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (INDEX, '{"metadata": {', "index.json is no JSON (Expecting"),
+        (INDEX, "[]", "index.json holds list in place of names and values"),
+        (INDEX, "{}", "index.json has no weight_map from tensors to files beside it"),
+        (INDEX, '{"weight_map": {"a": 1}}', "has no weight_map from tensors to files beside it"),
+        (INDEX, '{"weight_map": {"a": "../b"}}', "has no weight_map from tensors to files beside"),
+        (CONFIG, "[1]", "config.json holds list in place of names and values"),
+        (CONFIG, {"model_type": ["llama"]}, "model_type is ['llama'] and must be a name"),
+        (CONFIG, {"num_hidden_layers": "3"}, "num_hidden_layers is '3' and must be a whole number"),
+        (CONFIG, {"hidden_size": 64.0}, "hidden_size is 64.0 and must be a whole number above 0"),
+        (CONFIG, {"num_attention_heads": 0}, "num_attention_heads is 0 and must be a whole number"),
+        (CONFIG, {"head_dim": True}, "head_dim is True and must be a whole number above 0"),
+        (CONFIG, {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention"),
+        (
+            CONFIG,
+            {"num_attention_heads": 6, "head_dim": None},
+            "heads=6 does not divide hidden",
+        ),
+        (CONFIG, {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5' and must be above 0"),
+        (CONFIG, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan and must be above 0"),
+        (CONFIG, {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no' and must be true or"),
+        (
+            CONFIG,
+            {"rope_parameters": "llama3"},
+            "rope_parameters is 'llama3' and must be names",
+        ),
+        (CONFIG, {"rope_scaling": {"rope_theta": "x"}}, "rope_theta is 'x' and must be above 0"),
+        (CONFIG, {"layer_types": [["full_attention"]]}, "and must be a list of names"),
+        (CONFIG, {"eos_token_id": "</s>"}, "eos_token_id is '</s>' and must be a token's id or a"),
+    ],
+)
+def test_damaged_json_is_one_message(
+    copy: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    content: str | dict[str, Any],
+    message: str,
+) -> None:
+    folder = copy("arcee")
+    if isinstance(content, dict):
+        change_config(folder, **content)
+    else:
+        (folder / file).write_text(content)
+    refuse(folder, tmp_path / "out", message, capsys)
+    assert cli.main(["verify", str(folder), str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def with_tokenizer(folder: Path, tokenizer: Path, **generation: Any) -> Path:
+    """Put a tokenizer, generation_config.json and what is no business of an export beside."""
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder)
+    (folder / "tokenizer_tricks.py").write_text("raise SystemExit")
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def test_tokenizer_and_ids_come_back(
+    copy: Callable[[str], Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = with_tokenizer(
+        copy("arcee"), tokenizer, bos_token_id=1, eos_token_id=[0, 2, 7], top_p=0.9
+    )
+    change_config(folder, eos_token_id=[0, 7])
+    run, back = tmp_path / "run", tmp_path / "back"
+    convert(folder, run)
+    convert_to_hf(run, back, progress=lambda line: None)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, back))
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert [after[key] for key in ids] == [before[key] for key in ids] == [1, [0, 7], None]
+    generation = json.loads((back / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [0, 2, 7], "top_p": 0.9}
+    for file in tokenizer.iterdir():
+        assert (back / file.name).read_bytes() == file.read_bytes()
+    assert not list(tmp_path.glob("[rb]*/**/*.py"))
+    from transformers import GenerationConfig
+
+    stops = GenerationConfig.from_pretrained(back).eos_token_id
+    assert stops == [0, 2, 7]
+
+
+def test_ids_of_a_folder_without_any_files_beside(folders: dict[str, Path], tmp_path: Path) -> None:
+    convert(folders["apertus"], tmp_path / "run")
+    convert_to_hf(tmp_path / "run", tmp_path / "back", progress=lambda line: None)
+    for file in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "back" / file).read_text())
+        assert (content["bos_token_id"], content["eos_token_id"]) == (1, 2)
+    assert "holds no tokenizer" in (tmp_path / "back" / "README.md").read_text()
+
+
+def test_another_tokenizer_of_the_data_counts(
+    copy: Callable[[str], Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    folder, run, data = (
+        with_tokenizer(copy("arcee"), tokenizer),
+        tmp_path / "run",
+        tmp_path / "data",
+    )
+    change_config(folder, eos_token_id=[0, 7])
+    convert(folder, run)
+    recipe = load_recipe(str(run / "recipe.yaml"), [f"data.path={data}"])
+    (run / "recipe.yaml").write_text(to_yaml(recipe))
+    own = Path(shutil.copytree(tokenizer, data / "tokenizer")) / "tokenizer.json"
+    found = []
+    for name in ("same", "extended"):
+        convert_to_hf(run, tmp_path / name, progress=lambda line: None)
+        found.append(json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"])
+        content = json.loads(own.read_text())
+        content["model"]["vocab"]["another"] = 320
+        own.write_text(json.dumps(content))
+    assert found == [[0, 7], 0]
+    assert '"another": 320' in (tmp_path / "extended" / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["same rows", "padding"])
+def test_rows_without_a_token_are_kept_and_padding_is_not(
+    tokenizer: Path, tmp_path: Path, kind: str
+) -> None:
+    # 320 ids, far fewer than rows, as Qwen3 has it
+    size = {"same rows": 640, "padding": 500}[kind]
+    folder = with_tokenizer(write_hf(tmp_path / "hf", "qwen3-tied", vocab_size=size), tokenizer)
+    run = tmp_path / "run"
+    convert(folder, run)
+    # as training goes on from it, with the arguments that Megatron would save
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    flags = megatron_args(
+        recipe,
+        world_size=1,
+        device="cpu",
+        run_dir=run,
+        precision="fp32",
+        transformer_impl="local",
+    )
+    saved = {flags[flags.index(flag) + 1] for flag in ("--vocab-size", "--padded-vocab-size")}
+    assert saved == {str(size), str(-(-size // 128) * 128)}
+    for name, chosen in (("kept", None), ("given", tokenizer)):
+        convert_to_hf(run, tmp_path / name, tokenizer=chosen, progress=lambda line: None)
+        before, after = tensors(folder), tensors(tmp_path / name)
+        assert all(same_bits(after[key], tensor) for key, tensor in before.items())
 
 
 def test_another_models_tokenizer(

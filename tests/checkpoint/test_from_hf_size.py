@@ -23,7 +23,7 @@ def write_sparse(folder: Path) -> int:
     """A folder of Apertus 8B whose weights are a hole, which reads as zeros; returns its bytes."""
     folder.mkdir()
     target = TARGETS["apertus"]
-    config = hf_config(target, EIGHT_B, SpecialTokens(131072), torch.bfloat16)
+    config = hf_config(target, EIGHT_B, SpecialTokens(), torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
     for placement in weights_of(EIGHT_B):

@@ -12,7 +12,7 @@ import torch
 from tiny_hf import LLAMA3, MODELS, SIZES, write_hf
 
 from megatron_xielu.checkpoint.architecture import Architecture
-from megatron_xielu.checkpoint.hf_config import read_architecture
+from megatron_xielu.checkpoint.hf_config import read_architecture, special_tokens
 from megatron_xielu.checkpoint.targets import TARGETS, SpecialTokens, hf_config
 from megatron_xielu.errors import UserError
 
@@ -58,7 +58,7 @@ def test_what_transformers_writes(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_an_export_writes(name: str) -> None:
     target = TARGETS[name.partition("-")[0]]
-    content = hf_config(target, EXPECTED[name], SpecialTokens(500), torch.float32)
+    content = hf_config(target, EXPECTED[name], SpecialTokens(), torch.float32)
     assert read(content) == EXPECTED[name]
     legacy = {key: value for key, value in content.items() if key != "rope_parameters"}
     if target.name != "apertus":
@@ -81,6 +81,9 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
     assert arch.rope_theta == rope["rope_theta"]
     assert arch.rope_scaling_factor == rope.get("factor")
     assert TARGETS[kind].hidden_acts[arch.activation] == config.hidden_act
+    ids = special_tokens({"model_type": kind, **bare}, TARGETS[kind])
+    expected = [getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")]
+    assert [ids.bos, ids.eos, ids.pad] == expected
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_names_and_shapes_are_exactly_those_of_transformers(
     if arch.activation == "xielu":
         for name in XIELU_CONSTANTS:
             shapes |= {name.format(i=layer): () for layer in range(arch.num_layers)}
-    content = hf_config(target, arch, SpecialTokens(VOCAB), torch.float32)
+    content = hf_config(target, arch, SpecialTokens(), torch.float32)
     config = transformers.AutoConfig.for_model(**content)
     with torch.device("meta"):
         stock = getattr(transformers, target.class_name)(config).state_dict()

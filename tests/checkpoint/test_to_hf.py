@@ -161,13 +161,7 @@ def test_untied(runs: dict[str, Path], tmp_path: Path) -> None:
 def test_plain_megatron_needs_what_it_does_not_say(
     runs: dict[str, Path], tmp_path: Path, tokenizer: Path
 ) -> None:
-    step = TorchDistReader(runs["plain"] / "checkpoints" / "iter_0000200")
-    args = arguments_of(step)
-    copy = tmp_path / "iter_0000007"
-    shutil.copytree(step.path, copy)
-    # as Megatron saves it where the tokenizer knows the vocabulary
-    args |= {"vocab_size": None, "consumed_train_samples": 56}
-    torch.save({"args": Namespace(**args)}, copy / "common.pt")
+    copy = unsaid_vocabulary(runs["plain"], tmp_path)
     with pytest.raises(UserError, match=r"iter_0000007 \(no recipe.*does not say vocab_size; give"):
         convert(copy, tmp_path / "out")
     by_hand = convert(copy, tmp_path / "out", given={"vocab_size": 320})
@@ -179,24 +173,76 @@ def test_plain_megatron_needs_what_it_does_not_say(
     assert "## Recipe" not in card
 
 
-def test_a_tokenizer_of_another_vocabulary(
+def resized(tokenizer: Path, folder: Path, num_ids: int) -> Path:
+    """A tokenizer of the first ids, or of more, each a token of its own."""
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    vocab = {key: id for key, id in content["model"]["vocab"].items() if id < num_ids}
+    vocab |= {f"<{id}>": id for id in range(len(vocab), num_ids)}
+    content["model"] |= {"vocab": vocab, "merges": []}
+    shutil.copytree(tokenizer, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_tokenizer_must_fit_and_decides_no_row(
     runs: dict[str, Path], tmp_path: Path, tokenizer: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
-    larger = AutoTokenizer.from_pretrained(tokenizer)
-    larger.add_tokens([f"<{i}>" for i in range(100)])
-    larger.save_pretrained(tmp_path / "larger")
-    with pytest.raises(UserError, match=r"has shape \(384, 64\), .* tokenizer mean \(420, 64\)"):
-        convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "larger")
-    content = json.loads((tokenizer / "tokenizer.json").read_text())
-    smaller = {key: id for key, id in content["model"]["vocab"].items() if id < 250}
-    content["model"] |= {"vocab": smaller, "merges": []}
-    shutil.copytree(tokenizer, tmp_path / "smaller")
-    (tmp_path / "smaller" / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"has 250 ids and .* 384 rows, 128 of which at most"):
-        convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "smaller")
+    # as the presets have it: far fewer ids than rows, and none of these is padding
+    smaller = resized(tokenizer, tmp_path / "smaller", 100)
+    for layout in ("gqa", "plain"):
+        tensors = convert(runs[layout], tmp_path / layout, tokenizer=smaller)
+        assert tensors["model.embed_tokens.weight"].shape == (320, 64)
+        larger = resized(tokenizer, tmp_path / f"larger-{layout}", 321)
+        with pytest.raises(UserError, match=r"ids up to 320, the model's vocab_size is 320: it is"):
+            convert(runs[layout], tmp_path / "out", tokenizer=larger)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_ids", "exported"), [(384, 384), (257, 257), (256, 384), (100, 384), (385, None)]
+)
+def test_a_vocabulary_that_nothing_says_is_decided_by_megatrons_rounding(
+    runs: dict[str, Path], tmp_path: Path, tokenizer: Path, num_ids: int, exported: int | None
+) -> None:
+    step = unsaid_vocabulary(runs["plain"], tmp_path)
+    own = resized(tokenizer, tmp_path / "tokenizer", num_ids)
+    lines: list[str] = []
+    if exported is None:
+        with pytest.raises(UserError, match=r"ids up to 384, the model's vocab_size is 384"):
+            convert(step, tmp_path / "out", tokenizer=own)
+        return
+    convert_to_hf(step, tmp_path / "out", tokenizer=own, progress=lines.append)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["lm_head.weight"].shape == (exported, 64)
+    assert f"{num_ids} ids, which Megatron rounds up to a multiple of 128" in lines[0]
+    assert f"so {exported} are exported. --arg vocab_size=NUMBER overrules that" in lines[0]
+    lines.clear()
+    given = {"vocab_size": 384}
+    convert_to_hf(step, tmp_path / "out", tokenizer=own, given=given, progress=lines.append)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["lm_head.weight"].shape == (384, 64)
+    assert not any("vocab_size" in line for line in lines)
+
+
+def unsaid_vocabulary(run: Path, folder: Path) -> Path:
+    """A copy of a plain checkpoint as Megatron saves it where the tokenizer knows the size."""
+    step = TorchDistReader(run / "checkpoints" / "iter_0000200")
+    copy = folder / "iter_0000007"
+    shutil.copytree(step.path, copy)
+    args = arguments_of(step) | {"vocab_size": None, "consumed_train_samples": 56}
+    torch.save({"args": Namespace(**args)}, copy / "common.pt")
+    return copy
+
+
+def test_the_padding_of_data_s_tokenizer_is_left_out_after_training(
+    copy_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # by the saved arguments alone, where recipe.yaml leaves the size to the data
+    recipe = recipe_of("gqa")
+    model = replace(recipe.model, vocab_size=None, padded_vocab_size=None)
+    run = with_recipe(copy_run("gqa"), replace(recipe, model=model))
+    tensors = convert(run, tmp_path / "out")
+    assert tensors["lm_head.weight"].shape == (320, 64)
 
 
 def test_an_export_that_differs_never_gets_its_name(
@@ -223,7 +269,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(
         "import os, signal\n"
         "from pathlib import Path\n"
         "from megatron_xielu.checkpoint import to_hf\n"
-        "to_hf.generation_config = lambda tokens: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "to_hf.model_card = lambda *args, **how: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"to_hf.convert_to_hf(Path({str(runs['gqa'])!r}), Path({str(out)!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -239,7 +285,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(
 def test_tied_embeddings_are_written_once(runs: dict[str, Path], tmp_path: Path) -> None:
     tensors = convert(runs["mha-tied-pp2"], tmp_path / "out")
     assert "lm_head.weight" not in tensors
-    assert tensors["model.embed_tokens.weight"].shape == (384, 64)
+    # of the embedding's 384 rows the recipe's
+    assert tensors["model.embed_tokens.weight"].shape == (320, 64)
 
 
 def test_large_models_are_split(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -446,6 +493,8 @@ def test_bad_arguments(
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty is not a Hugging Face tokenizer folder"):
         convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "empty")
+    with pytest.raises(UserError, match=r"nothing is no folder\. Give the folder that holds tok"):
+        convert(runs["gqa"], tmp_path / "out", tokenizer=tmp_path / "nothing")
     recipe = recipe_of("gqa")
     run = with_recipe(
         copy_run("gqa"), replace(recipe, model=replace(recipe.model, vocab_size=None))

@@ -101,7 +101,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[s
     for index, changes in enumerate(models.values()):
         recipe = recipe_of("gqa")
         # heads of 32: vLLM has no attention for 16, and mlx-lm demands hidden_size / heads
-        model = replace(recipe.model, hidden_size=128, seq_length=64, **changes)
+        sizes = {"vocab_size": 384, "padded_vocab_size": None}
+        model = replace(recipe.model, hidden_size=128, seq_length=64, **sizes, **changes)
         recipe = replace(recipe, model=model)
         (root / f"run{index}").mkdir()
         (root / f"run{index}" / "recipe.yaml").write_text(to_yaml(recipe))

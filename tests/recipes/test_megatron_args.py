@@ -38,6 +38,7 @@ UNPARSED: dict[str, set[str]] = {section: set() for section in SAME_NAMES} | {
     "model": {
         "num_query_groups",
         "head_dim",
+        "padded_vocab_size",
         "activation",
         "tie_embeddings",
         "rope_theta",
@@ -96,6 +97,8 @@ def test_megatron_reads_back_the_recipe(
     assert args.untie_embeddings_and_output_weights is not recipe.model.tie_embeddings
     assert args.max_position_embeddings == args.seq_length == recipe.model.seq_length
     assert args.padded_vocab_size == args.vocab_size == 4096
+    padded = parser.parse_args(_argv(_recipe(name, "model.padded_vocab_size=4224"), **platform))
+    assert (padded.padded_vocab_size, padded.vocab_size) == (4224, 4096)
     assert (args.lr_decay_style, args.lr_wsd_decay_style) == ("WSD", "minus_sqrt")
     assert args.lr_decay_iters == args.train_iters
     assert args.train_data_path == ["/data/a corpus/train"]

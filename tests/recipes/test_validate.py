@@ -122,6 +122,18 @@ RULES = [
         "nearest legal: 1000, 1002",
     ),
     (
+        ["model.vocab_size=1001", "model.padded_vocab_size=1005"],
+        2,
+        "model.padded_vocab_size=1005 is not divisible by tensor_model_parallel_size=2; "
+        "nearest legal: 1004, 1006",
+    ),
+    (
+        ["model.vocab_size=1001", "model.padded_vocab_size=1000"],
+        2,
+        "model.padded_vocab_size=1000 is less than vocab_size=1001, and every id has a row; "
+        "nearest legal: 1001",
+    ),
+    (
         ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=true"],
         1,
         "parallel.sequence_parallel=true needs tensor_model_parallel_size greater than 1, not 1; "
@@ -276,7 +288,7 @@ def test_every_broken_rule_is_reported() -> None:
 
 def test_sizes_out_of_bounds_divide_nothing() -> None:
     names = ["num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length"]
-    names += ["vocab_size", "num_query_groups", "head_dim"]
+    names += ["vocab_size", "padded_vocab_size", "num_query_groups", "head_dim"]
     overrides = [f"model.{name}=0" for name in names]
     overrides += [f"parallel.{way}_model_parallel_size=0" for way in ("tensor", "pipeline")]
     overrides += ["training.micro_batch_size=-1", "training.train_iters=0"]

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_xielu.checkpoint.store import Store
 from megatron_xielu.checkpoint.to_hf import convert_to_hf
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
+from megatron_xielu.data.prepare import prepare
 from tests.conftest import SMALL
 from tests.ranks import environment
 
@@ -123,6 +125,35 @@ def test_the_document_s_second_command_trains_and_goes_on(converted: Path, tmp_p
     steps = metrics(tmp_path / "here/runs/more", "train")
     assert list(steps) == [10, 20]
     assert steps[10]["loss"] > steps[20]["loss"]
+
+
+def test_padding_is_left_out_after_training_and_ids_without_a_token_are_not(
+    converted: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    books = Path(shutil.copytree(converted.parents[1] / "models/books", tmp_path / "books"))
+    # 500 rows, which Megatron pads to 512, and a tokenizer of 300 ids
+    content = load_file(books / "model.safetensors")
+    embedding = "model.embed_tokens.weight"
+    save_file(content | {embedding: content[embedding][:500].clone()}, books / "model.safetensors")
+    config = json.loads((books / "config.json").read_text())
+    changes = {"vocab_size": 500, "eos_token_id": [0, 7]}
+    (books / "config.json").write_text(json.dumps(config | changes))
+    texts = sorted(data_dir.parent.glob("*.txt"))
+    data = prepare(tmp_path / "data", inputs=texts[:5], vocab_size=300, progress=lambda line: None)
+    for file in data.tokenizer.iterdir():
+        shutil.copy(file, books)
+    assert run(["convert", "from-hf", str(books), str(tmp_path / "run")]).returncode == 0
+    words = [*TRAINING, f"data.path={data.path}", "training.train_iters=3", "logging.eval_iters=1"]
+    done = pretrain(tmp_path / "run" / "recipe.yaml", tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    done = run(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "back")])
+    assert done.returncode == 0, done.stderr
+    assert "step 3 of" in done.stdout
+    trained = load_file(tmp_path / "back" / "model.safetensors")
+    assert trained[embedding].shape == (500, 64)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {key: back[key] for key in changes} == changes
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
 
 
 def test_another_model_or_damage_is_refused(
