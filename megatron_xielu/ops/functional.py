@@ -39,7 +39,8 @@ def xielu(
             formula under autograd. All but the last save x, the bias and the alphas alone and
             refuse second derivatives.
         reference_numerics: the arithmetic of the code published with the paper instead, to the bit
-            (impl "auto" or "reference"), for comparisons: its y(0) and slope at 0 are off.
+            (impl "auto" or "reference"), for comparisons: its y(0) and slope at 0 are off. That
+            code rounds after each operation, to the type that torch promotes x and the alphas to.
 
     Returns:
         A tensor of x's shape and dtype, rounded once from float32 or wider arithmetic.
@@ -58,7 +59,8 @@ def xielu(
             )
         _check(XIELU, x, bias, alphas)
         x = x if bias is None else x + bias
-        return xielu_as_published(x, alpha_p, alpha_n, beta)
+        # what torch promotes to alphas of another type, or of more dimensions, comes back as x's
+        return xielu_as_published(x, alpha_p, alpha_n, beta).to(x.dtype).reshape(x.shape)
     return _apply(XIELU, x, alphas, beta, bias, impl)
 
 

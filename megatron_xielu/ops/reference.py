@@ -91,9 +91,10 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
 def xielu_as_published(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float = 0.5) -> Tensor:
     """xIELU with the arithmetic of the code published with the paper, to the bit.
 
-    Everything is rounded to x's type after each operation, and the exponential never sees more than
-    -1e-6, so that y(0) is not 0 and autograd's slope at 0 is beta - a_n. The alphas are taken as
-    they are; the published module keeps them in the model's type.
+    Everything is rounded after each operation, and the exponential never sees more than -1e-6, so
+    that y(0) is not 0 and autograd's slope at 0 is beta - a_n. The alphas are taken as they are, so
+    that the result has the type and shape that torch promotes x and them to; the published module
+    keeps them in the model's type.
     """
     a_p = F.softplus(alpha_p)
     a_n = beta + F.softplus(alpha_n)

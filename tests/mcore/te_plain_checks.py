@@ -6,6 +6,7 @@ what `te_checks` names, and the question whether a linear's input is on a GPU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,16 +26,18 @@ from tests.mcore.te_checks import (
     EPS,
     FFN,
     HIDDEN,
+    RECIPES,
     TOKENS,
     Gemm,
+    Operand,
     by_oracle,
     check_against_oracle,
+    check_summed,
     parts,
-    recipe,
+    recipe_with,
+    scaling_by,
     stood_in,
 )
-
-RECIPES = ("delayed", "tensorwise", "blockwise")
 
 
 class Plain:
@@ -42,11 +45,16 @@ class Plain:
 
     Args:
         name: of the recipe, or "none".
+        options: of the recipe, other than TransformerEngine's defaults.
         ours: xIELU writes fc2's input; otherwise fc2's quantizer casts the same float32 values.
-        saved_input: the placeholder's.
+        settings: the placeholder's.
+
+    A tensor-parallel rank has FFN columns, which are other ones on each.
     """
 
-    def __init__(self, name: str, *, ours: bool = True, saved_input: str = "exact") -> None:
+    def __init__(
+        self, name: str, *, options: Any = None, ours: bool = True, **settings: Any
+    ) -> None:
         from megatron.core.extensions.transformer_engine import (
             TEColumnParallelLinear,
             TERowParallelLinear,
@@ -58,32 +66,35 @@ class Plain:
         from megatron_xielu.mcore.layer_specs import use_xielu
         from tests.mcore.checks import config
 
+        ranks = torch.distributed.get_world_size()
         torch.manual_seed(1)
         # it would go on updating the scales of earlier ones
         FP8GlobalStateManager.reset()
-        self.recipe, self.ours = recipe(name), ours
+        self.recipe, self.ours = recipe_with(name, **(options or {})), ours
         self.gemms: list[Gemm] = []
         self.cast: list[Any] = []
         half = {"bf16": True, "params_dtype": torch.bfloat16, "fp8": "hybrid"}
-        settings = config(
+        transformer = config(
             transformer_impl="transformer_engine",
             hidden_size=HIDDEN,
-            ffn_hidden_size=FFN,
+            ffn_hidden_size=FFN * ranks,
+            tensor_model_parallel_size=ranks,
             gradient_accumulation_fusion=False,
             **half,
         )
-        use_xielu(settings, XIELUPlaceholder(saved_input=saved_input))  # type: ignore[arg-type]
+        use_xielu(transformer, XIELUPlaceholder(**settings))
         modules = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
-        self.mlp = install(MLP(settings, modules, input_size=HIDDEN))
+        self.mlp = install(MLP(transformer, modules, input_size=HIDDEN))
         self.fc1, self.fc2 = self.mlp.linear_fc1, self.mlp.linear_fc2
         self.activation = self.mlp.activation_func
-        assert self.activation.quantized is not None
+        assert (self.activation.quantized is None) == self.activation.recompute
         if not ours:
             self.activation.quantized = None
+        own = [torch.randn(2, FFN, HIDDEN) for _ in range(ranks)][torch.distributed.get_rank()]
         with torch.no_grad():
             # so that xIELU's input covers both sides of zero
-            self.fc1.weight.copy_(0.5 * torch.randn(FFN, HIDDEN))
-            self.fc2.weight.copy_(0.1 * torch.randn(HIDDEN, FFN))
+            self.fc1.weight.copy_(0.5 * own[0])
+            self.fc2.weight.copy_(0.1 * own[1].T)
             self.activation.alpha_p.fill_(0.3)
             self.activation.alpha_n.fill_(-0.4)
         self.x = torch.randn(*TOKENS, HIDDEN).bfloat16().requires_grad_()
@@ -120,21 +131,39 @@ class Plain:
 
     def cast_by(self, quantizer: Any, tensor: Tensor) -> Any:
         """What a quantizer that is called returns."""
-        from megatron_xielu.mcore.te_quantizers import empty, rows, scaling_of
+        from megatron_xielu.mcore.te_quantizers import empty, rows
 
-        if self.ours or quantizer is not self.quantizer():
-            return by_oracle(quantizer, tensor)
+        if self.ours or quantizer is not self.quantizer(self.fc2, "input"):
+            return by_oracle(self, quantizer, tensor)
         result, into = empty(quantizer, tensor)
         x, alphas = rows(self.gemms[0].result), (self.activation.alpha_p, self.activation.alpha_n)
-        scaling = scaling_of(quantizer, tensor)
-        assert scaling is not None
-        quantized.forward(XIELU, x, None, alphas, BETA, scaling, into)
+        quantized.forward(XIELU, x, None, alphas, BETA, self.scaling(), into)
         return result
 
-    def quantizer(self) -> Any:
-        """What fc2 casts its input with, None before its first forward pass."""
-        own = self.fc2.quantizers["scaling_fwd"]
-        return own[0] if own else None
+    def quantizer(self, linear: Any, operand: Operand) -> Any:
+        """What one of both linears casts an operand with, None before its first forward pass."""
+        mode, index = {
+            "input": ("scaling_fwd", 0),
+            "weight": ("scaling_fwd", 1),
+            "grad_output": ("scaling_bwd", 0),
+        }[operand]
+        own = linear.quantizers[mode]
+        return own[index] if own else None
+
+    def by_fc2(self) -> int:
+        """How often fc2 has cast its input itself."""
+        own = self.quantizer(self.fc2, "input")
+        return sum(quantizer is own for quantizer in self.cast)
+
+    def alphas_exact(self) -> list[Tensor]:
+        """The gradients of the alphas in float64, of this rank's columns alone."""
+        x = unpack(pack(self.gemms[0].result, self.activation.saved_input), torch.bfloat16).double()
+        alphas = [self.activation.alpha_p, self.activation.alpha_n]
+        leaves = [alpha.detach().double().requires_grad_() for alpha in alphas]
+        y = REFERENCES["xielu"](x, *leaves, BETA)
+        # fc2 returns it in the layer's type
+        grad_y = self.gemms[2].result.double().reshape(y.shape)
+        return list(torch.autograd.grad(y, leaves, grad_y))
 
     def results(self) -> dict[str, Tensor]:
         """Gradients, and the state of delayed scaling."""
@@ -148,9 +177,10 @@ class Plain:
         return {name: each.clone() for name, each in found.items()}
 
     def scaling(self) -> Any:
-        from megatron_xielu.mcore.te_quantizers import scaling_of
-
-        return None if self.recipe is None else scaling_of(self.quantizer(), self.x)
+        """Of fc2's input."""
+        if self.recipe is None:
+            return None
+        return scaling_by(self.recipe, "input", self.quantizer(self.fc2, "input"))
 
 
 def bytes_of(tensor: Any) -> int:
@@ -190,29 +220,17 @@ def transformer_engine_plain_modules_take_fp8_from_xielu() -> dict[str, float]:
                 assert scaling.scale.ne(1).all()
                 scaling = Delayed(scaling.scale.clone(), scaling.dtype)
             plain.run()
-            by_fc2 = sum(quantizer is plain.quantizer() for quantizer in plain.cast)
             # x and the gradients of both outputs; the weights are those of the first micro-batch
-            assert (by_fc2, len(plain.cast)) == ((0, 3) if ours else (1, 4))
+            assert (plain.by_fc2(), len(plain.cast)) == ((0, 3) if ours else (1, 4))
             results.append(plain.results())
             if ours:
-                assert [gemm.layout for gemm in plain.gemms] == ["TN", "TN", "NN", "NT", "NN", "NT"]
-                x, y = plain.gemms[0].result, plain.gemms[1].b
-                alphas = [plain.activation.alpha_p, plain.activation.alpha_n]
-                exact = REFERENCES["xielu"](
-                    x.double().flatten(0, -2), *(alpha.detach().double() for alpha in alphas), BETA
-                )
-                row, _, scale, _ = y[1]
-                assert row is not None
-                # fc1's products alone are left to tell apart what fc2 read
-                kept = plain.gemms[3].a
-                whole = (y[0], [row, kept[1][1], scale, kept[1][3]])
-                off = check_against_oracle(name, whole, exact, scaling)
+                exact, off = check_fc2_input(name, plain, scaling)
                 counts[f"{name}: bytes within round-off of a tie, of {2 * exact.numel()}"] = off
-                assert off <= 1e-3 * 2 * exact.numel()
                 held = counts[f"{name}: bytes held per element"] = plain.held / plain.elements
                 # the input of xIELU in bf16, and its output transposed in FP8
                 assert held == 3
-                assert kept[1][0] is None, "fc2 still holds the rowwise data in backward"
+                kept, *_ = plain.gemms[3].a[1]
+                assert kept is None, "fc2 still holds the rowwise data in backward"
                 if isinstance(scaling, Delayed):
                     history = plain.fc2.fp8_meta["scaling_fwd"].amax_history[-1, 0].double()
                     torch.testing.assert_close(history, amax_of(exact)[0], rtol=8 * EPS, atol=0)
@@ -223,6 +241,54 @@ def transformer_engine_plain_modules_take_fp8_from_xielu() -> dict[str, float]:
     return counts
 
 
+def check_fc2_input(title: str, plain: Plain, scaling: Any) -> tuple[Tensor, int]:
+    """What fc2 read, byte by byte; xIELU's output in float64, and how many bytes are near a tie."""
+    assert [gemm.layout for gemm in plain.gemms] == ["TN", "TN", "NN", "NT", "NN", "NT"]
+    x, y = plain.gemms[0].result, plain.gemms[1].b
+    alphas = [plain.activation.alpha_p, plain.activation.alpha_n]
+    exact = REFERENCES["xielu"](
+        x.double().flatten(0, -2), *(alpha.detach().double() for alpha in alphas), BETA
+    )
+    row, _, scale, _ = y[1]
+    assert row is not None
+    # the transpose is what the weight's gradient was computed from
+    kept = plain.gemms[3].a
+    off = check_against_oracle(title, (y[0], [row, kept[1][1], scale, kept[1][3]]), exact, scaling)
+    assert off <= 1e-3 * 2 * exact.numel()
+    return exact, off
+
+
+def transformer_engine_options_of_a_recipe_reach_plain_modules() -> dict[str, float]:
+    """Powers of two, epsilon and the shape of blocks, of fc2's input."""
+    from transformer_engine.common.recipe import QParams
+
+    changes = {
+        "tensorwise, powers of two": {"fp8_quant_fwd_inp": QParams(power_2_scale=True)},
+        "tensorwise, epsilon": {"fp8_quant_fwd_inp": QParams(amax_epsilon=1e4)},
+        "blockwise, any scale": {"fp8_quant_fwd_inp": QParams(amax_epsilon=12.0)},
+        "blockwise, squares": {"x_block_scaling_dim": 2, "w_block_scaling_dim": 1},
+    }
+    counts = {}
+    for title, options in changes.items():
+        plain = Plain(title.partition(",")[0], options=options)
+        plain.run()
+        assert not plain.by_fc2()
+        _, counts[title] = check_fc2_input(title, plain, plain.scaling())
+    return counts
+
+
+def transformer_engine_plain_modules_sum_alphas_over_tensor_parallel_ranks() -> None:
+    """In bf16 and from fc2's input in FP8, which gets parts of one summed tensor as alphas."""
+    for name, recompute in itertools.product(("none", *RECIPES), (False, True)):
+        plain = Plain(name, recompute=recompute)
+        assert plain.activation.sum_in_backward
+        plain.run()
+        written_by_us = name != "none" and not recompute
+        assert (plain.by_fc2() == 0) == (name == "none" or written_by_us)
+        alphas = plain.activation.alpha_p, plain.activation.alpha_n
+        check_summed(f"{name}, recompute={recompute}", alphas, plain.alphas_exact())
+
+
 def transformer_engine_plain_modules_hold_the_input_in_e4m3() -> dict[str, float]:
     held = {}
     for name in ("delayed", "tensorwise", "blockwise"):
@@ -231,13 +297,8 @@ def transformer_engine_plain_modules_hold_the_input_in_e4m3() -> dict[str, float
         for each in (plain, exact):
             each.run()
         assert torch.equal(plain.gemms[1].result, exact.gemms[1].result)
-        x = unpack(pack(plain.gemms[0].result, "e4m3"), torch.bfloat16).double()
-        alphas = [plain.activation.alpha_p, plain.activation.alpha_n]
-        leaves = [alpha.detach().double().requires_grad_() for alpha in alphas]
-        y = REFERENCES["xielu"](x, *leaves, BETA)
-        # fc2 returns it in the layer's type
-        grad_y = plain.gemms[2].result.double().reshape(y.shape)
-        for alpha, expected in zip(alphas, torch.autograd.grad(y, leaves, grad_y), strict=True):
+        alphas = (plain.activation.alpha_p, plain.activation.alpha_n)
+        for alpha, expected in zip(alphas, plain.alphas_exact(), strict=True):
             torch.testing.assert_close(alpha.grad.double(), expected, rtol=1e-5, atol=0)
         held[name] = plain.held / plain.elements
         assert held[name] == 2
@@ -257,16 +318,16 @@ def transformer_engine_plain_modules_get_bf16_where_fc2_must_cast() -> None:
     plain = Plain("tensorwise")
     plain.recipe = recipes.Float8CurrentScaling(backward_override="high_precision")
     plain.run()
-    assert sum(quantizer is plain.quantizer() for quantizer in plain.cast) == 1
+    assert plain.by_fc2() == 1
     plain = Plain("tensorwise")
     with distributed.activation_recompute_forward(activation_recompute=True):
         plain.run(backward=False)
-    assert sum(quantizer is plain.quantizer() for quantizer in plain.cast) == 1
+    assert plain.by_fc2() == 1
     plain = Plain("tensorwise")
     plain.fc2.save_original_input = True
     plain.run()
     # fc2's own cast, of the input once more in backward
-    assert sum(quantizer is plain.quantizer() for quantizer in plain.cast) == 2
+    assert plain.by_fc2() == 2
 
 
 def transformer_engine_plain_modules_take_fp8_in_evaluation() -> None:
@@ -274,7 +335,7 @@ def transformer_engine_plain_modules_take_fp8_in_evaluation() -> None:
     for name in RECIPES:
         plain = Plain(name)
         plain.run(backward=False)
-        assert not any(quantizer is plain.quantizer() for quantizer in plain.cast)
+        assert not plain.by_fc2()
         row, column, *_ = plain.gemms[1].b[1]
         assert (row is not None, column is None) == (True, True)
         plain = Plain(name)

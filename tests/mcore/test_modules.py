@@ -43,6 +43,7 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_seams_hold",
     "transformer_engine_fused_mlps_get_xielu",
     "transformer_engine_writes_fp8_between_the_linears",
+    "transformer_engine_options_of_a_recipe_reach_the_kernels",
     "transformer_engine_without_fp8_gets_bf16",
     "transformer_engine_recomputes_to_the_same_bits",
     "transformer_engine_holds_the_input_in_e4m3",
@@ -59,6 +60,7 @@ TRANSFORMER_ENGINE = (
     "transformer_engine_models_of_one_rank_are_saved_with_their_histories",
     "transformer_engine_models_of_one_rank_go_on_where_local_ones_stopped",
     "transformer_engine_plain_modules_take_fp8_from_xielu",
+    "transformer_engine_options_of_a_recipe_reach_plain_modules",
     "transformer_engine_plain_modules_hold_the_input_in_e4m3",
     "transformer_engine_plain_modules_get_bf16_where_fc2_must_cast",
     "transformer_engine_plain_modules_take_fp8_in_evaluation",
@@ -71,6 +73,7 @@ ON_A_GPU = (
 )
 TRANSFORMER_ENGINE_TWO_RANKS = (
     "transformer_engine_sums_alphas_over_tensor_parallel_ranks",
+    "transformer_engine_plain_modules_sum_alphas_over_tensor_parallel_ranks",
     "transformer_engine_models_are_the_local_ones_on_two_ranks",
 )
 Results = list[dict[str, dict[str, Any]]]
@@ -107,7 +110,8 @@ def with_te(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def with_te_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("TransformerEngine is not installed")
-    return run_checks(tmp_path_factory.mktemp("te2"), TRANSFORMER_ENGINE_TWO_RANKS, 2)
+    folder = tmp_path_factory.mktemp("te2")
+    return run_checks(folder, TRANSFORMER_ENGINE_TWO_RANKS, 2, TRITON_INTERPRET=1)
 
 
 @pytest.mark.gpu

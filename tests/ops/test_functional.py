@@ -206,18 +206,34 @@ def test_the_family_agrees_with_its_references(
         assert error <= bound
 
 
-def test_published_numerics_are_those_of_the_published_code_to_the_bit() -> None:
-    x, (alpha_p, alpha_n) = inputs(torch.bfloat16), raw(0.8, 0.8, torch.bfloat16)
+@pytest.mark.parametrize("alphas", [torch.bfloat16, torch.float32])
+def test_published_numerics_are_those_of_the_published_code_to_the_bit(alphas: torch.dtype) -> None:
+    x, (alpha_p, alpha_n) = inputs(torch.bfloat16), raw(0.8, 0.8, alphas)
     y = xielu(x, alpha_p, alpha_n, reference_numerics=True)
     # written out once more; the literal rounds to bfloat16 as the published buffer does
     a_p, a_n = F.softplus(alpha_p), 0.5 + F.softplus(alpha_n)
     clamped = torch.min(x, torch.tensor(-1e-6, dtype=torch.bfloat16))
     above, below = a_p * x * x + 0.5 * x, a_n * torch.expm1(clamped) - a_n * x + 0.5 * x
-    assert torch.equal(y, torch.where(x > 0, above, below))
+    published = torch.where(x > 0, above, below)
+    assert published.dtype == alphas
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, published.bfloat16())
     zero = torch.zeros(1, requires_grad=True)
     (slope,) = torch.autograd.grad(xielu(zero, *raw(0.8, 0.8), reference_numerics=True), zero)
     # what a comparison should know: beta - a_n instead of beta
     assert float(slope) == pytest.approx(-0.3, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_published_numerics_of_a_single_number_are_a_single_number(dtype: torch.dtype) -> None:
+    x, alphas = torch.tensor(1.5, dtype=dtype, requires_grad=True), raw(0.8, 0.8)
+    y = xielu(x, *alphas, reference_numerics=True)
+    assert (y.shape, y.dtype) == ((), dtype)
+    # 0.8 * 1.5^2 + 0.5 * 1.5
+    torch.testing.assert_close(y.detach(), torch.tensor(2.55, dtype=dtype))
+    grads = torch.autograd.grad(y, (x, *alphas))
+    found = [(grad.shape, grad.dtype) for grad in grads]
+    assert found == [((), dtype), ((1,), torch.float32), ((1,), torch.float32)]
 
 
 @pytest.mark.parametrize("impl", FUSED_IMPLS)
