@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def open_run(path: Path) -> RunCheckpoint:
         path=step,
         iteration=0 if step.name == "release" else int(step.name.removeprefix("iter_")),
         recipe=recipe,
-        tokenizer=_tokenizer(recipe),
+        tokenizer=_tokenizer(step),
     )
 
 
@@ -238,14 +238,20 @@ def _run_dir(step: Path) -> Path:
 
 def _recipe(step: Path) -> Recipe | None:
     # a step keeps the recipe it was trained by; steps of older versions have the run's alone
-    folders = (step, step.parent.parent, step.parent)
-    files = (folder / _RECIPE for folder in folders)
-    file = next((file for file in files if file.is_file()), None)
+    file = next(_recipe_files(step), None)
     return load_recipe(str(file)) if file is not None else None
 
 
-def _tokenizer(recipe: Recipe | None) -> Path | None:
-    if recipe is None or recipe.data.path is None:
-        return None
-    folder = Path(recipe.data.path) / "tokenizer"
-    return folder if folder.is_dir() else None
+def _recipe_files(step: Path) -> Iterator[Path]:
+    files = (folder / _RECIPE for folder in (step, step.parent.parent, step.parent))
+    return (file for file in files if file.is_file())
+
+
+def _tokenizer(step: Path) -> Path | None:
+    # the run's recipe knows the data that weights from elsewhere are trained on, or where they are
+    # now
+    for file in _recipe_files(step):
+        path = load_recipe(str(file)).data.path
+        if path is not None and (folder := Path(path) / "tokenizer").is_dir():
+            return folder
+    return None

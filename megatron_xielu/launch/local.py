@@ -189,7 +189,7 @@ def run(job: Job, head: str | None) -> NoReturn:
     was given, which is not tried again, and else 1.
 
     Raises:
-        UserError: it could not be told from another one.
+        UserError: it could not be told from another one, or its port is taken.
     """
     variables, words = torchrun(job, head)
     if job.nodes > 1:
@@ -224,6 +224,11 @@ def run(job: Job, head: str | None) -> NoReturn:
         problem += f"{_RESTARTS} times."
     except RendezvousConnectionError as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
+        if "EADDRINUSE" in cause:
+            raise UserError(
+                f"the port of --head {head} is taken on this machine, by another run's torchrun or "
+                f"by another program: give another one on every node, as in --head HOST:{PORT + 1}"
+            ) from error
         problem = (
             f"no answer from the head {head}: {cause}\nIs the same command running there, and does "
             "a firewall let its port through? If the head was lost, give the command again on "

@@ -135,6 +135,18 @@ def test_nodes_that_do_not_come_are_missed_in_a_users_words(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        head = f"{own_address()}:{taken.getsockname()[1]}"
+        words = launch("local", tmp_path / "run", tmp_path, "--gpus-per-node", "1", "--submit")
+        done = run([*words, "--nodes", "2", "--head", head])
+    assert done.returncode == 2
+    assert f"error: the port of --head {head} is taken on this machine" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_commands_of_the_document(tmp_path: Path) -> None:
     text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     lines = re.findall(r"^megatron-xielu (launch .*)$", text, re.MULTILINE)
