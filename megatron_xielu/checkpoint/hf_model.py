@@ -1,12 +1,13 @@
-"""A Hugging Face folder: its tensors, and stock transformers' own model of it, layer by layer."""
+"""A Hugging Face folder: its tensors, and stock transformers' own model of it, matrix by matrix."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from megatron_xielu.checkpoint.architecture import Architecture
 from megatron_xielu.checkpoint.hf_config import check_types, read_architecture
+from megatron_xielu.checkpoint.mapping import EMBEDDING, LM_HEAD
+from megatron_xielu.checkpoint.row_blocks import Round, linear, row_ranges
 from megatron_xielu.checkpoint.safetensors_file import TensorSpec
 from megatron_xielu.checkpoint.targets import TARGETS
 from megatron_xielu.errors import UserError
@@ -180,6 +183,19 @@ class HfFolder:
         """One tensor, as it is stored."""
         return read_tensors(self._files, [name])[0]
 
+    def rows(self, name: str, index: slice | EllipsisType) -> Tensor:
+        """The rows of a tensor, as they are stored, without the rest of it."""
+        from safetensors import safe_open
+
+        # opened anew, for what was read of an open file counts as this process's memory
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_slice(name)[index]
+        return tensor
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """What `read` returns, a few rows at a time; only those are in memory."""
+        return (self.rows(name, rows) for rows in row_ranges(self.specs[name].shape))
+
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that transformers needs for this config.json."""
         shapes = {name: tuple(t.shape) for name, t in self._empty_model().state_dict().items()}
@@ -189,36 +205,31 @@ class HfFolder:
 
     def logits(
         self,
-        read: Callable[[str], Tensor],
         prompts: Sequence[Sequence[int]],
+        rounded: Round = lambda name, rows: rows,
         *,
         as_loaded: bool = False,
     ) -> list[Tensor]:
         """fp32 logits (tokens, vocabulary) of transformers' own model, for each prompt.
 
-        Weights are read when their layer computes and given back after it, so that memory is about
-        that of the embedding in fp32 and of one layer.
+        Matrices are read, and become fp32, a few rows at a time while they are multiplied with, and
+        of the embedding only the tokens' rows are read: memory is that of the activations.
 
         Args:
-            read: a tensor by its name, in place of the folder's.
+            rounded: rows of a tensor, by its name, to what is computed with.
             as_loaded: round what `from_pretrained` would round whatever the dtype: it builds
                 Arcee's xIELU in bf16.
         """
-        model = self._empty_model()
         lengths = [len(prompt) for prompt in prompts]
         # what follows a token cannot change its logits, so shorter prompts may be filled up
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(list(prompt))
         valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
-        with quiet_transformers(), torch.inference_mode(), ExitStack() as stack:
-            for name, module in _parts(model):
-                prefix = "model.embed_tokens" if name == "lm_head" and self.tied else name
-                load = partial(_load, prefix=prefix, read=read, as_loaded=as_loaded)
-                stack.callback(module.register_forward_pre_hook(load).remove)
-                stack.callback(module.register_forward_hook(_unload).remove)
-            hidden = model.model(ids, use_cache=False).last_hidden_state
-            logits: Tensor = model.lm_head(hidden[valid])
+        with quiet_transformers(), torch.inference_mode():
+            model = self._streaming_model(rounded, as_loaded=as_loaded)
+            hidden = model.model(inputs_embeds=self._embedded(ids, rounded), use_cache=False)
+            logits: Tensor = model.lm_head(hidden.last_hidden_state[valid])
         return list(logits.split(lengths))
 
     def rounds_when_loaded(self) -> bool:
@@ -229,6 +240,35 @@ class HfFolder:
             for name, spec in self.specs.items()
             if name in expected
         )
+
+    def _embedded(self, ids: Tensor, rounded: Round) -> Tensor:
+        """The rows of the embedding, (*ids.shape, hidden)."""
+        asked, place = ids.unique(return_inverse=True)
+        rows = [self.rows(EMBEDDING, slice(token, token + 1)) for token in asked.tolist()]
+        return rounded(EMBEDDING, torch.cat(rows)).float()[place]
+
+    def _streaming_model(self, rounded: Round, *, as_loaded: bool) -> Any:
+        """The model without an embedding, whose linear layers read their matrices at the call."""
+
+        def blocks(name: str) -> Iterator[Tensor]:
+            return (rounded(name, rows) for rows in self.blocks(name))
+
+        model = self._empty_model()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                weight = f"{name}.weight"
+                stored = EMBEDDING if self.tied and weight == LM_HEAD else weight
+                model.set_submodule(name, _Streamed(module, partial(blocks, stored)))
+        # copies, because each that is not would keep a whole file mapped
+        rest = {
+            name: rounded(name, self.read(name)).to(
+                empty.dtype if as_loaded else torch.float32, copy=True
+            )
+            for name, empty in model.state_dict().items()
+            if name != EMBEDDING
+        }
+        model.load_state_dict(rest, strict=False, assign=True)
+        return model
 
     def _empty_model(self) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -279,32 +319,15 @@ def load_exact(hf_dir: Path) -> Any:
     return model.eval()
 
 
-def _parts(model: Any) -> list[tuple[str, nn.Module]]:
-    """What is loaded at once, under the name that its tensors begin with."""
-    layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)]
-    return [
-        ("model.embed_tokens", model.model.embed_tokens),
-        *layers,
-        ("model.norm", model.model.norm),
-        ("lm_head", model.lm_head),
-    ]
+class _Streamed(nn.Module):
+    """A linear layer whose weight comes in blocks."""
 
+    def __init__(self, layer: nn.Linear, blocks: Callable[[], Iterator[Tensor]]) -> None:
+        super().__init__()
+        self.rows, self.bias = layer.out_features, layer.bias
+        self.blocks = blocks
 
-def _load(
-    module: nn.Module,
-    inputs: Any,
-    *,
-    prefix: str,
-    read: Callable[[str], Tensor],
-    as_loaded: bool,
-) -> None:
-    state = {
-        name: value.to(empty.dtype) if as_loaded else value.float()
-        for name, empty in module.state_dict().items()
-        for value in (read(f"{prefix}.{name}"),)
-    }
-    module.load_state_dict(state, assign=True)
-
-
-def _unload(module: nn.Module, inputs: Any, output: Any) -> None:
-    module.to("meta")
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., columns) to (..., rows)."""
+        y = linear(x, self.blocks(), self.rows)
+        return y if self.bias is None else y + self.bias

@@ -1,13 +1,15 @@
 """A Megatron checkpoint: its tensors by Hugging Face's names, and the logits that follow from them.
 
 The model is written out here from Megatron's conventions, without the table's `split`: what the
-table gets wrong shows as other logits. It needs no Megatron and holds one layer at a time.
+table gets wrong shows as other logits. It needs no Megatron and holds one weight at a time, as it
+is stored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,11 @@ from megatron_xielu.checkpoint.mapping import (
     locate,
     read_weight,
 )
+from megatron_xielu.checkpoint.row_blocks import Round, linear, row_blocks
 from megatron_xielu.checkpoint.run import architecture_of, open_run
 from megatron_xielu.checkpoint.safetensors_file import TensorSpec
 from megatron_xielu.checkpoint.targets import Target, choose_target
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
-
-Round = Callable[[str, Tensor], Tensor]
-"""A tensor by Hugging Face's name of it, or of its first part, to what is computed with."""
 
 
 class MegatronCheckpoint:
@@ -92,8 +92,14 @@ class MegatronCheckpoint:
             self._parts = dict(zip(placement.hf_names(self.target), parts, strict=True))
         return self._parts.pop(name)
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """What `read` returns, a few rows at a time."""
+        return row_blocks(self.read(name))
+
     def logits(self, prompts: Sequence[Sequence[int]], rounded: Round) -> list[Tensor]:
         """fp32 logits (tokens, vocabulary) of each prompt.
+
+        Memory holds one weight as it is stored, and beside it a few rows in fp32.
 
         Args:
             rounded: applied to every weight as Megatron stores it.
@@ -103,59 +109,87 @@ class MegatronCheckpoint:
         for placement in self._placements:
             group = others if placement.layer is None else layers[placement.layer]
             group[placement.entry.megatron[0].removeprefix("decoder.layers.{i}.")] = placement
-
-        def weight(group: Mapping[str, Placement], name: str) -> Tensor:
-            placement = group[name]
-            stored = read_weight(self.reader, placement, self.arch)
-            return rounded(placement.hf_names(self.target)[0], stored).float()
-
+        outer, *inner = (_Weights(self, placements, rounded) for placements in (others, *layers))
+        head = "embedding.word_embeddings.weight" if self.tied else "output_layer.weight"
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
         with torch.inference_mode():
-            embedding = weight(others, "embedding.word_embeddings.weight")
-            states = [embedding[torch.tensor(list(prompt))] for prompt in prompts]
-            if not self.tied:
-                del embedding
-            for placements in layers:
-                weights = {name: weight(placements, name) for name in placements}
-                states = [_layer(state, weights, self.arch) for state in states]
-            norm = weight(others, "decoder.final_layernorm.weight")
-            head = embedding if self.tied else weight(others, "output_layer.weight")
-            return [_rms(state, norm, self.arch) @ head.T for state in states]
+            x = outer.rows("embedding.word_embeddings.weight", ids)
+            for weights in inner:
+                x = _layer(x, lengths, weights, self.arch)
+            x = _rms(x, outer.whole("decoder.final_layernorm.weight"), self.arch)
+            return list(outer.linear(x, head).split(lengths))
 
 
-def _layer(x: Tensor, weights: Mapping[str, Tensor], arch: Architecture) -> Tensor:
-    """One pair of attention and MLP; x: (tokens, hidden)."""
-    normed = _rms(x, weights["self_attention.linear_qkv.layer_norm_weight"], arch)
-    x = x + _attention(normed, weights, arch)
-    normed = _rms(x, weights["mlp.linear_fc1.layer_norm_weight"], arch)
-    hidden = normed @ weights["mlp.linear_fc1.weight"].T
-    return x + _activation(hidden, weights, arch) @ weights["mlp.linear_fc2.weight"].T
+@dataclass(frozen=True)
+class _Weights:
+    """Those of one layer or of none, read when they are asked for; what they return is fp32."""
+
+    model: MegatronCheckpoint
+    placements: Mapping[str, Placement]
+    rounded: Round
+
+    def whole(self, name: str) -> Tensor:
+        return self._rounded(name, self._stored(name))
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """The rows of these numbers, (ids, columns)."""
+        return self._rounded(name, self._stored(name)[ids])
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """x (tokens, columns) by the transpose of a matrix."""
+        stored = self._stored(name)
+        blocks = (self._rounded(name, rows) for rows in row_blocks(stored))
+        return linear(x, blocks, len(stored))
+
+    def _stored(self, name: str) -> Tensor:
+        return read_weight(self.model.reader, self.placements[name], self.model.arch)
+
+    def _rounded(self, name: str, stored: Tensor) -> Tensor:
+        hf_name, *_ = self.placements[name].hf_names(self.model.target)
+        return self.rounded(hf_name, stored).float()
 
 
-def _attention(x: Tensor, weights: Mapping[str, Tensor], arch: Architecture) -> Tensor:
-    groups, size, tokens = arch.num_query_groups, arch.head_dim, len(x)
+def _layer(x: Tensor, lengths: list[int], weights: _Weights, arch: Architecture) -> Tensor:
+    """One pair of attention and MLP; x: (tokens, hidden), prompts of these lengths joined."""
+    normed = _rms(x, weights.whole("self_attention.linear_qkv.layer_norm_weight"), arch)
+    x = x + _attention(normed, lengths, weights, arch)
+    normed = _rms(x, weights.whole("mlp.linear_fc1.layer_norm_weight"), arch)
+    hidden = weights.linear(normed, "mlp.linear_fc1.weight")
+    return x + weights.linear(_activation(hidden, weights, arch), "mlp.linear_fc2.weight")
+
+
+def _attention(x: Tensor, lengths: list[int], weights: _Weights, arch: Architecture) -> Tensor:
+    groups, size = arch.num_query_groups, arch.head_dim
     queries = arch.num_attention_heads // groups
     # of every group its queries, then its key, then its value
-    mixed = x @ weights["self_attention.linear_qkv.weight"].T
-    mixed = mixed.view(tokens, groups, queries + 2, size).permute(1, 2, 0, 3)
+    mixed = weights.linear(x, "self_attention.linear_qkv.weight")
+    mixed = mixed.view(-1, groups, queries + 2, size).permute(1, 2, 0, 3)
     q, k, v = mixed[:, :-2], mixed[:, -2:-1], mixed[:, -1:]
     if arch.qk_layernorm:
-        q = _rms(q, weights["self_attention.q_layernorm.weight"], arch)
-        k = _rms(k, weights["self_attention.k_layernorm.weight"], arch)
-    scores = _rotate(q, arch) @ _rotate(k, arch).mT / math.sqrt(size)
-    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    mean = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-    joined = mean.permute(2, 0, 1, 3).reshape(tokens, -1)
-    return joined @ weights["self_attention.linear_proj.weight"].T
+        q = _rms(q, weights.whole("self_attention.q_layernorm.weight"), arch)
+        k = _rms(k, weights.whole("self_attention.k_layernorm.weight"), arch)
+    prompts = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
+    mean = torch.cat([_mean(q, k, v, arch) for q, k, v in prompts], dim=2)
+    joined = mean.permute(2, 0, 1, 3).reshape(len(x), -1)
+    return weights.linear(joined, "self_attention.linear_proj.weight")
 
 
-def _activation(x: Tensor, weights: Mapping[str, Tensor], arch: Architecture) -> Tensor:
+def _mean(q: Tensor, k: Tensor, v: Tensor, arch: Architecture) -> Tensor:
+    """Attention within one prompt; each (groups, heads, tokens, head_dim)."""
+    scores = _rotate(q, arch) @ _rotate(k, arch).mT / math.sqrt(arch.head_dim)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+def _activation(x: Tensor, weights: _Weights, arch: Architecture) -> Tensor:
     if arch.activation == "swiglu":
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     if arch.activation == "relu2":
         return x.relu().square()
-    alpha_p = F.softplus(weights["mlp.activation_func.alpha_p"])
-    alpha_n = arch.beta + F.softplus(weights["mlp.activation_func.alpha_n"])
+    alpha_p = F.softplus(weights.whole("mlp.activation_func.alpha_p"))
+    alpha_n = arch.beta + F.softplus(weights.whole("mlp.activation_func.alpha_n"))
     negative = alpha_n * (torch.expm1(x.clamp(max=0)) - x)
     return torch.where(x > 0, alpha_p * x.square(), negative) + arch.beta * x
 

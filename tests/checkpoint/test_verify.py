@@ -49,7 +49,7 @@ def test_export_equals_its_checkpoint_and_an_independent_float64_model(
     prompts = default_prompts(320, 32)
     oracle = verify._compare(
         [logits[:, :320].float() for logits in float64_logits(layout, prompts)],
-        HfFolder(exports[layout]).logits(HfFolder(exports[layout]).read, prompts),
+        HfFolder(exports[layout]).logits(prompts),
     )
     print(
         f"{layout}: fp32 against fp32 {report.logits.max_abs:.1e}, against float64 "
@@ -289,7 +289,7 @@ def test_ropes_scaling_is_seen_by_logits(runs: dict[str, Path], exports: dict[st
     unscaled = MegatronCheckpoint(runs["apertus-scaled"], vocab_size=320)
     unscaled.arch = replace(unscaled.arch, rope_scaling_factor=None)
     prompts = default_prompts(320, 32)
-    logits = folder.logits(folder.read, prompts)
+    logits = folder.logits(prompts)
     differences = [
         verify._compare(model.logits(prompts, lambda name, tensor: tensor), logits).max_abs
         for model in (scaled, unscaled)
