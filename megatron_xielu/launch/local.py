@@ -14,7 +14,7 @@ from megatron_xielu.errors import UserError
 from megatron_xielu.launch.job import Job, Setting, name_of, settings
 from megatron_xielu.launch.join import SIGNALS_TO_HANDLE
 from megatron_xielu.launch.preflight import hold_node_id
-from megatron_xielu.training.launch import ERROR_MARK, REFUSED, explain, log_path
+from megatron_xielu.training.launch import ERROR_MARK, REFUSED, consequence, explain, log_path
 
 PORT = 29400
 _RESTARTS = 3
@@ -218,9 +218,11 @@ def run(job: Job, head: str | None) -> NoReturn:
         if REFUSED in (failure.exitcode for failure in error.failures.values()):
             # a rank has said why
             sys.exit(REFUSED)
-        rank, failure = error.get_first_failure()
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # torch's own times are too coarse to tell who was first
+        rank = min(codes, key=lambda rank: consequence(codes[rank]))
         log = log_path(job.folder(job.load()) / LOGS, rank)
-        problem = f"{explain(rank, failure.exitcode, log)}. torchrun had started it again "
+        problem = f"{explain(rank, codes[rank], log)}. torchrun had started it again "
         problem += f"{_RESTARTS} times."
     except RendezvousConnectionError as error:
         cause = str(error.__cause__ or error).partition("\n")[0]

@@ -125,7 +125,7 @@ def launch(
     # others' attempts to reach it
     if not failed or (signals and any(ranks[r].returncode == -signal.SIGTERM for r in failed)):
         return 0
-    rank = min(failed, key=lambda rank: _consequence(ranks[rank].returncode, messages[rank]))
+    rank = min(failed, key=lambda rank: consequence(ranks[rank].returncode, messages[rank]))
     code = ranks[rank].returncode
     message = messages[rank] or explain(rank, code, log_path(log_dir, rank))
     if _at_once(signals):
@@ -297,8 +297,10 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _consequence(code: int, message: str) -> int:
-    """How likely a rank's failure only follows from another's: 0 for what came from outside."""
+def consequence(code: int, message: str = "") -> int:
+    """How likely a rank's end only follows from another's: 0 for what came from outside."""
+    if code == -signal.SIGTERM:
+        return 3
     if code < 0:
         return 0
     return 2 if "onnection closed by peer" in message or "onnection reset" in message else 1
