@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_xielu.checkpoint.torch_dist import TorchDistReader
 from tests.conftest import SMALL
 from tests.ranks import environment
@@ -79,6 +81,7 @@ def test_a_stop_ends_all_ranks_and_names_the_remedy(data_dir: Path, tmp_path: Pa
     assert all("errors.UnhealthyRun: step 3" in log.read_text() for log in logs)
 
 
+@pytest.mark.slow
 def test_a_layer_goes_on_in_bf16_and_a_resumed_run_too(data_dir: Path, tmp_path: Path) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     keys = (
@@ -115,6 +118,7 @@ def test_a_layer_goes_on_in_bf16_and_a_resumed_run_too(data_dir: Path, tmp_path:
     assert all(readers[0].read(key).equal(readers[1].read(key)) for key in keys)
 
 
+@pytest.mark.slow
 def test_from_fp8_to_bf16_and_back_without_outliers(data_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # the fault is in a layer that the model does not have

@@ -146,7 +146,9 @@ def test_what_a_run_leaves_and_shows(data_dir: Path, tmp_path: Path) -> None:
     assert [event.step for event in board.Scalars("lm loss")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("kind", ["plain optimizer", "bf16, other layout"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("plain optimizer", marks=pytest.mark.slow), "bf16, other layout"]
+)
 def test_resumption_of_other_optimizers_and_layouts(
     kind: str, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -372,6 +374,7 @@ def test_recomputing_the_activation_changes_no_bit(
     assert all(torch.equal(ours[key], plain[key]) for key in plain)
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_bit_in_bf16_on_two_ranks(data_dir: Path, tmp_path: Path) -> None:
     cut = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
     for recompute in ("false", "true"):
