@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from signal import SIGTERM
 from typing import NoReturn
 
 from megatron_xielu.errors import UserError
@@ -219,8 +220,8 @@ def run(job: Job, head: str | None) -> NoReturn:
             # a rank has said why
             sys.exit(REFUSED)
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        # torch's own times are too coarse to tell who was first
-        rank = min(codes, key=lambda rank: consequence(codes[rank]))
+        # torch's own times are too coarse to tell who was first; it ends the others by SIGTERM
+        rank = min(codes, key=lambda rank: (codes[rank] == -SIGTERM, consequence(codes[rank])))
         log = log_path(job.folder(job.load()) / LOGS, rank)
         problem = f"{explain(rank, codes[rank], log)}. torchrun had started it again "
         problem += f"{_RESTARTS} times."

@@ -299,8 +299,6 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def consequence(code: int, message: str = "") -> int:
     """How likely a rank's end only follows from another's: 0 for what came from outside."""
-    if code == -signal.SIGTERM:
-        return 3
     if code < 0:
         return 0
     return 2 if "onnection closed by peer" in message or "onnection reset" in message else 1
