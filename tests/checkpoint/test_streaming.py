@@ -43,6 +43,7 @@ EIGHT_B = Architecture(
     rope_theta=500_000.0,
     seq_length=4096,
 )
+LARGEST = EIGHT_B.vocab_size * EIGHT_B.hidden_size * 2
 MAIN = (
     "import resource, sys\n"
     "from megatron_xielu.cli import main\n"
@@ -73,6 +74,30 @@ def peak_of(output: str) -> int:
     return int(output.splitlines()[-1]) * 1024
 
 
+def say_speed(
+    num_bytes: int, converting: tuple[float, float], copying: tuple[float, float]
+) -> None:
+    """Print both, each by its wall and processor seconds."""
+    (seconds, spent), (cp_seconds, cp_spent) = converting, copying
+    print(
+        f"{num_bytes / 1e9:.1f} GB: {num_bytes / seconds / 1e9:.2f} GB/s in {seconds:.0f} s "
+        f"({spent:.0f} s of processors); cp of the same bytes {num_bytes / cp_seconds / 1e9:.2f} "
+        f"GB/s in {cp_seconds:.0f} s ({cp_spent:.0f})"
+    )
+
+
+def check_memory(peak: int, words: list[str]) -> None:
+    """Convert as users do by default, with verification; `peak` is without it."""
+    seconds, spent, output = timed(*words)
+    assert "tensors are equal bit for bit" in output
+    verified = peak_of(output)
+    print(
+        f"with verification {seconds:.0f} s ({spent:.0f}); peak memory {peak / 1e6:.0f} MB, "
+        f"with verification {verified / 1e6:.0f} MB, the largest tensor has {LARGEST / 1e6:.0f} MB"
+    )
+    assert max(peak, verified) <= 2 * LARGEST + 300e6
+
+
 @pytest.mark.slow
 def test_8b_to_hugging_face_in_the_memory_of_two_tensors(big_folder: Path) -> None:
     step, out = big_folder / "iter_0000010", big_folder / "out"
@@ -87,7 +112,6 @@ def test_8b_to_hugging_face_in_the_memory_of_two_tensors(big_folder: Path) -> No
         shutil.rmtree(out)
     words = [sys.executable, "-c", MAIN, "convert", "to-hf", str(step), str(out)]
     seconds, spent, output = timed(*words, "--no-verify")
-    peaks = [peak_of(output)]
     files = sorted(out.glob("*.safetensors"))
     assert len(files) == 4
     count = 0
@@ -97,21 +121,9 @@ def test_8b_to_hugging_face_in_the_memory_of_two_tensors(big_folder: Path) -> No
     # 10 weights and 4 scalars a layer, embedding, norm and output layer
     assert count == 32 * (10 + 4) + 3
     assert sum(file.stat().st_size for file in files) == pytest.approx(num_bytes, rel=1e-4)
-    largest = 131072 * 4096 * 2
-    print(
-        f"{num_bytes / 1e9:.1f} GB: {num_bytes / seconds / 1e9:.2f} GB/s in {seconds:.0f} s "
-        f"({spent:.0f} s of processors); cp of the same bytes {num_bytes / copying[0] / 1e9:.2f} "
-        f"GB/s in {copying[0]:.0f} s ({copying[1]:.0f})"
-    )
+    say_speed(num_bytes, (seconds, spent), copying[:2])
     shutil.rmtree(out)
-    seconds, spent, output = timed(*words)
-    assert "tensors are equal bit for bit" in output
-    peaks.append(peak_of(output))
-    print(
-        f"with verification {seconds:.0f} s ({spent:.0f}); peak memory {peaks[0] / 1e6:.0f} MB, "
-        f"with verification {peaks[1] / 1e6:.0f} MB, the largest tensor has {largest / 1e6:.0f} MB"
-    )
-    assert max(peaks) <= 2 * largest + 300e6
+    check_memory(peak_of(output), words)
 
 
 def write_sparse(folder: Path) -> int:
@@ -147,22 +159,9 @@ def test_8b_from_hugging_face_in_the_memory_of_two_tensors(big_folder: Path) -> 
     shutil.rmtree(out)
     words = [sys.executable, "-c", MAIN, "convert", "from-hf", str(hf), str(out)]
     seconds, spent, output = timed(*words, "--no-verify")
-    peaks = [peak_of(output)]
     reader = TorchDistReader(out / "checkpoints/release")
     reader.check_files()
     assert reader.shape("decoder.layers.mlp.linear_fc1.weight") == (32, 21504, 4096)
-    largest = 131072 * 4096 * 2
-    print(
-        f"{num_bytes / 1e9:.1f} GB: {num_bytes / seconds / 1e9:.2f} GB/s in {seconds:.0f} s "
-        f"({spent:.0f} s of processors); cp of the same bytes {num_bytes / copying[0] / 1e9:.2f} "
-        f"GB/s in {copying[0]:.0f} s ({copying[1]:.0f})"
-    )
+    say_speed(num_bytes, (seconds, spent), copying[:2])
     shutil.rmtree(out)
-    seconds, spent, output = timed(*words)
-    assert "tensors are equal bit for bit" in output
-    peaks.append(peak_of(output))
-    print(
-        f"with verification {seconds:.0f} s ({spent:.0f}); peak memory {peaks[0] / 1e6:.0f} MB, "
-        f"with verification {peaks[1] / 1e6:.0f} MB, the largest tensor has {largest / 1e6:.0f} MB"
-    )
-    assert max(peaks) <= 2 * largest + 300e6
+    check_memory(peak_of(output), words)
